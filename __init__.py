@@ -1,0 +1,1 @@
+"""lorahub: find, merge and generate LoRA adapters, exactly, on files, on a CPU, offline."""
