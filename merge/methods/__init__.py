@@ -1,0 +1,1 @@
+"""One merging method a file: `def name(adapters, weights, *, options) -> Adapter`."""

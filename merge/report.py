@@ -1,0 +1,88 @@
+"""Fidelity: how far a merge lies from the exact weighted sum, per module and in all.
+
+Everything is computed from Gram matrices of thin factors in float64, so it costs little and forms no dense matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..hub.lowrank import LowRank, concat
+
+_FLOOR = 1e-6  # of the inputs' norm: below it an exact sum counts as zero, and errors are relative to the inputs
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The result against the exact sum.
+
+    error: ||result - sum|| / ||sum||. cosine: between the two. norm_ratio: ||result|| / ||sum||. energy: the share of
+    the sum's squared norm that the result has. All of Frobenius' kind; where the sum is zero, relative to the inputs.
+    """
+
+    error: float
+    cosine: float
+    norm_ratio: float
+    energy: float
+
+
+@dataclass
+class _Sums:
+    """Squared norms that add up over modules."""
+
+    target: float = 0.0
+    result: float = 0.0
+    inner: float = 0.0
+    inputs: float = 0.0
+
+    def add(self, other: _Sums) -> None:
+        self.target += other.target
+        self.result += other.result
+        self.inner += other.inner
+        self.inputs += other.inputs
+
+    def fidelity(self) -> Fidelity:
+        target, result = math.sqrt(max(self.target, 0.0)), math.sqrt(max(self.result, 0.0))
+        distance = math.sqrt(max(self.target - 2 * self.inner + self.result, 0.0))
+        reference = max(target, _FLOOR * math.sqrt(max(self.inputs, 0.0)))
+        if reference == 0.0:
+            return Fidelity(0.0 if result == 0.0 else math.inf, 1.0, 1.0, 1.0)
+        product = target * result
+        if target < reference:  # the inputs cancel: directions carry no meaning
+            return Fidelity(distance / reference, 1.0, 1.0, 1.0)
+        cosine = min(max(self.inner / product, -1.0), 1.0) if product else 0.0
+        return Fidelity(distance / target, cosine, result / target, (result / target) ** 2)
+
+
+@dataclass
+class Report:
+    """Filled while a merge's modules are read; complete when all were."""
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    _sums: dict[str, _Sums] = field(default_factory=dict)
+
+    def record(self, name: str, parts: Sequence[LowRank], weights: Sequence[float], result: LowRank) -> None:
+        """Compare one module of the result, as it will be stored, with the exact sum of its inputs."""
+        target = concat(parts, weights)
+        self.ranks[name] = result.rank
+        self._sums[name] = _Sums(
+            target=target.inner(target),
+            result=result.inner(result),
+            inner=target.inner(result),
+            inputs=sum((weight * part.norm()) ** 2 for part, weight in zip(parts, weights, strict=True)),
+        )
+
+    @property
+    def modules(self) -> dict[str, Fidelity]:
+        """Fidelity by module."""
+        return {name: sums.fidelity() for name, sums in self._sums.items()}
+
+    @property
+    def total(self) -> Fidelity:
+        """Fidelity over all modules together."""
+        whole = _Sums()
+        for sums in self._sums.values():
+            whole.add(sums)
+        return whole.fidelity()
