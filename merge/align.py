@@ -104,9 +104,10 @@ def united_extras(adapters: Sequence[Adapter], weights: Sequence[float], rule: s
         return {}
     if rule == "refuse":
         name, [(adapter, _), *_] = next(iter(holders.items()))
+        more = f" and {len(holders) - 1} tensors more" if len(holders) > 1 else ""
         raise IncompatibleAdapters(
-            f"{adapter.name} holds {name} and {len(holders) - 1} more tensors that are no low-rank deltas; "
-            "say what to do with them: --extras drop, first or average"
+            f"{adapter.name} holds {name}{more}, no low-rank delta; "
+            "say what to do with such tensors: --extras drop, first or average"
         )
     if rule == "first":
         return {name: group[0][0].extras[name] for name, group in holders.items()}

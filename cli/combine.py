@@ -1,0 +1,122 @@
+"""The merge command."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .settings import open_catalog
+
+
+def merge(
+    refs: options.Refs,
+    out: options.Out,
+    method: Annotated[str, typer.Option(help="The merging method.")] = "exact",
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", "-w", help="Weights in the adapters' order.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Largest rank of the result.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Share of the squared norm to keep, such as 0.97.")] = None,
+    option: options.Method = None,
+    to: options.To = None,
+    dtype: options.Dtype = None,
+    extras: Annotated[
+        str, typer.Option(help="Biases, heads and embeddings: refuse, drop, first or average.")
+    ] = "refuse",
+    base: Annotated[str | None, typer.Option("--base", help="Your word that all are for this base.")] = None,
+    alpha: options.Alpha = None,
+    name: Annotated[str | None, typer.Option(help="Name in the catalogue; default: from --out.")] = None,
+    allow_pickle: options.AllowPickle = False,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Merge adapters of one base into one file, exactly or by a method, and report how exact the result is."""
+    from ..hub.writing import save
+    from ..merge.card import Ingredient, card, record
+    from ..merge.run import merge as merge_adapters
+    from . import show
+    from .make import command_line, dtype_of, fitting_format, remember, versions
+    from .refs import find, load, weights_of
+
+    names, weights = weights_of(refs, weight or [])
+    given: dict[str, Any] = options.pairs(option)
+    given |= {key: value for key, value in (("rank", rank), ("energy", energy)) if value is not None}
+    with open_catalog() as catalog:
+        inputs = [find(catalog, ref) for ref in names]
+        adapters = [load(one, allow_pickle=allow_pickle, alpha=alpha) for one in inputs]
+        merged = merge_adapters(adapters, method, weights, dtype=dtype_of(dtype), extras=extras, base=base, given=given)
+        target = to or fitting_format(merged.adapter)
+        if dry_run:
+            _announce(merged.adapter.shapes, out, target, json)
+            return
+        ingredients = [
+            Ingredient(one.name, one.digest(allow_pickle=allow_pickle), share, adapter.base)
+            for one, share, adapter in zip(inputs, weights, adapters, strict=True)
+        ]
+        history = [{"name": i.name, "weight": i.weight, "sha256": i.digest} for i in ingredients]
+        result = replace(merged.adapter, meta={**merged.adapter.meta, "merged_from": history})
+
+        def facts() -> dict[str, Any]:
+            return record(method, ingredients, given, merged.report, versions())
+
+        with show.progress("merging", quiet=json) as advance:
+            watched = _counted(result, advance)
+            path = save(
+                watched,
+                out,
+                target,
+                force=force,
+                card=lambda: card(facts(), result, command=command_line(sys.argv), library=target),
+            )
+        made = facts()
+        remember(
+            catalog, path, name, f"merge:{method}", list(zip(inputs, weights, strict=True)), made, base=result.base
+        )
+    _print(made, path, json)
+
+
+def _counted(adapter: Any, advance: Any) -> Any:
+    """The adapter, telling a progress bar whenever a module is read."""
+    from ..hub.adapter import LazyModules
+
+    done: set[str] = set()
+
+    def load(module: str) -> Any:
+        done.add(module)
+        advance(len(done), len(adapter.shapes))
+        return adapter.modules[module]
+
+    return replace(adapter, modules=LazyModules(adapter.shapes, load))
+
+
+def _announce(shapes: Any, out: Any, target: str, json: bool) -> None:
+    from . import show
+
+    ranks = sorted({shape.rank for shape in shapes.values()})
+    plan = {"out": str(out), "format": target, "modules": len(shapes), "ranks": ranks}
+    show.as_json(plan) if json else show.line(f"would write {out} ({target}, {len(shapes)} modules, ranks {ranks})")
+
+
+def _print(made: dict[str, Any], path: Any, json: bool) -> None:
+    from . import show
+
+    if json:
+        show.as_json({"out": str(path), **made, "modules": len(made["modules"]), "per_module": made["modules"]})
+        return
+    inputs = " ".join(f"{one['weight']:+g}*{one['name']}" for one in made["inputs"])
+    show.line(f"wrote {path}: {made['method']} of {inputs}, {len(made['modules'])} modules")
+    show.line(
+        f"against the exact sum: error {made['error']:.3e}, cosine {made['cosine']:.6f}, "
+        f"norm ratio {made['norm_ratio']:.6f}, energy {made['energy']:.6f}"
+    )
+    worst = sorted(made["modules"].items(), key=lambda item: -item[1]["error"])[:3]
+    if worst and worst[0][1]["error"] > 1e-6:
+        show.table(
+            ["least exact modules", "rank", "error", "energy"],
+            [(name, one["rank"], f"{one['error']:.3e}", f"{one['energy']:.6f}") for name, one in worst],
+        )

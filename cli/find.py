@@ -1,0 +1,96 @@
+"""Commands that find adapters: by words, by meaning, by weights."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options
+from .settings import open_catalog
+
+
+def search(
+    query: Annotated[str, typer.Argument(help="What the adapter should do or show.")],
+    base: options.Base = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Only adapters with this tag; may be repeated.")] = None,
+    limit: options.Limit = 10,
+    mode: Annotated[str, typer.Option(help="hybrid, text, meaning or weights.")] = "hybrid",
+    model: Annotated[
+        str | None, typer.Option(help="A sentence-transformers model instead of the packaged one.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Search the catalogue by words and by meaning."""
+    from ..index.embed import fill
+    from ..index.encoders.text import text
+    from ..index.search import search as search_index
+    from . import show
+
+    with open_catalog() as catalog:
+        encoder = None
+        if mode in {"hybrid", "meaning"}:
+            encoder = text(model)
+            with show.progress("reading descriptions", quiet=json) as advance:
+                fill(catalog, encoder, progress=advance)
+        hits = search_index(catalog, query, mode=mode, base=base, tags=tag or (), limit=limit, encoder=encoder)
+    if json:
+        show.as_json(
+            [
+                {"id": h.entry.id, "name": h.entry.name, "score": h.score, "base": h.entry.base, "why": list(h.why)}
+                for h in hits
+            ]
+        )
+        return
+    if not hits:
+        show.note(f"nothing found for {query!r}")
+        return
+    show.table(
+        ["score", "name", "base", "why", "description"],
+        [(f"{h.score:.3f}", h.entry.name, h.entry.base, "; ".join(h.why), h.entry.description[:70]) for h in hits],
+    )
+
+
+def similar(ref: options.Ref, limit: options.Limit = 10, json: options.Json = False) -> None:
+    """Find an adapter's neighbours in weight space; equal deltas are marked, however they are stored."""
+    from ..index.similar import similar as similar_to
+    from . import show
+
+    with open_catalog() as catalog, show.progress("comparing", quiet=json) as advance:
+        neighbours = similar_to(catalog, catalog.entry(ref), limit=limit, progress=advance)
+    if json:
+        show.as_json(
+            [
+                {
+                    "id": n.entry.id,
+                    "name": n.entry.name,
+                    "base": n.entry.base,
+                    "score": n.score,
+                    "same_delta": n.same_delta,
+                    "cosine": n.cosine,
+                    "overlap": n.overlap,
+                    "norm_ratio": n.norm_ratio,
+                    "shared_modules": n.shared_modules,
+                    "why": list(n.why),
+                }
+                for n in neighbours
+            ]
+        )
+        return
+    if not neighbours:
+        show.note(f"nothing else in the catalogue is for the base of {ref}")
+        return
+    show.table(
+        ["score", "name", "cosine", "overlap", "norm ratio", "why"],
+        [
+            (
+                f"{n.score:.3f}",
+                n.entry.name,
+                f"{n.cosine:.4f}",
+                f"{n.overlap:.4f}",
+                f"{n.norm_ratio:.4f}",
+                "; ".join(n.why),
+            )
+            for n in neighbours
+        ],
+    )

@@ -1,0 +1,84 @@
+"""The Typer app: commands are registered here, errors become exit codes here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..hub.errors import LoraHubError
+from . import combine, files, find, library, make, tour
+
+INTERRUPTED = 130
+USAGE = 2
+
+app = typer.Typer(
+    name="lorahub",
+    help="Find, merge and generate LoRA adapters: exactly, on files, on a CPU, offline.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    library.add,
+    library.list_,
+    library.show,
+    library.tag,
+    library.remove,
+    library.verify,
+    find.search,
+    find.similar,
+    files.inspect,
+    files.check,
+    combine.merge,
+    files.convert,
+    make.generate,
+    tour.demo,
+):
+    app.command(command.__name__.rstrip("_"))(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"lorahub {version('lorahub-kit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Find, merge and generate LoRA adapters: exactly, on files, on a CPU, offline."""
+
+
+def run() -> None:
+    """The console script: run a command, turn what it raises into one line and an exit code."""
+    import click
+
+    try:
+        code = app(standalone_mode=False)
+    except LoraHubError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(text: str) -> None:
+    one_line = " ".join(text.split())
+    typer.echo(f"lorahub: {one_line}", err=True)

@@ -1,0 +1,40 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..hub.errors import BadOption
+
+Ref = Annotated[str, typer.Argument(metavar="REF", help="A name, the beginning of an id, or a path.")]
+Refs = Annotated[
+    list[str],
+    typer.Argument(metavar="REF...", help="Names, ids or paths; REF:0.7 gives a weight, also a negative one."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Base = Annotated[str | None, typer.Option("--base", help="The base model's name.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Also read .bin and .pt files (pickles, weights only): trust them first.")
+]
+Out = Annotated[Path, typer.Option("--out", help="Where to write the result.")]
+To = Annotated[str | None, typer.Option("--to", help="peft, diffusers or kohya; default: what fits the modules.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: the inputs'.")]
+Alpha = Annotated[float | None, typer.Option("--alpha", help="alpha for files that do not store one.")]
+Method = Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="An option of the method.")]
+Limit = Annotated[int, typer.Option("--limit", help="How many to show.")]
+
+
+def pairs(texts: list[str] | None) -> dict[str, str]:
+    """`key=value` texts as a table. Raises BadOption for one without `=`."""
+    table = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise BadOption(f"-o {text!r}: expected KEY=VALUE, such as -o density=0.3")
+        table[key.strip().replace("-", "_")] = value.strip()
+    return table

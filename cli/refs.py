@@ -1,0 +1,98 @@
+"""How the command line names adapters: by catalogue name, the beginning of an id, or path; with or without a weight."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..hub.errors import BadOption, UnknownAdapter
+
+if TYPE_CHECKING:
+    from ..hub.adapter import Adapter
+    from ..hub.catalog import Catalog
+    from ..hub.entries import Entry
+
+
+@dataclass(frozen=True)
+class Named:
+    """An adapter that the user named: where it lies and, if the catalogue knows it, its entry."""
+
+    ref: str
+    path: Path
+    entry: Entry | None
+
+    @property
+    def name(self) -> str:
+        from ..hub.reading import default_name
+
+        return self.entry.name if self.entry else default_name(self.path)
+
+    def digest(self, *, allow_pickle: bool = False) -> str:
+        """The hash of the adapter's content."""
+        from ..hub.reading import fingerprint
+
+        return self.entry.digest if self.entry else fingerprint(self.path, allow_pickle=allow_pickle)
+
+
+def weighted(ref: str) -> tuple[str, float | None]:
+    """Split `name:0.7`, `name@0.7` or `<lora:name:0.7>` into reference and weight (None: not given).
+
+    A path that exists is never split. Raises BadOption for a weight that is not finite.
+    """
+    if Path(ref).exists():
+        return ref, None
+    tag = re.fullmatch(r"<lora:(.+?)(?::([^:>]+))?>", ref)
+    parts = (tag[1], tag[2]) if tag else _cut(ref)
+    if parts[1] is None:
+        return parts[0], None
+    try:
+        weight = float(parts[1])
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise BadOption(f"the weight in {ref!r} is {parts[1]!r}; expected a number such as 0.7 or -0.5")
+    return parts[0], weight
+
+
+def _cut(ref: str) -> tuple[str, str | None]:
+    found = re.fullmatch(r"(.+)[:@]([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|[-+]?inf)", ref)
+    return (found[1], found[2]) if found else (ref, None)
+
+
+def find(catalog: Catalog, ref: str) -> Named:
+    """The adapter that `ref` names. Raises UnknownAdapter, saying what comes close."""
+    try:
+        entry = catalog.entry(ref)
+    except UnknownAdapter:
+        if not Path(ref).exists():
+            raise
+        return Named(ref, Path(ref), None)
+    return Named(ref, catalog.path(entry), entry)
+
+
+def load(named: Named, *, allow_pickle: bool = False, alpha: float | None = None) -> Adapter:
+    """Read the adapter under the name and base that the catalogue has for it."""
+    from dataclasses import replace
+
+    from ..hub.reading import read
+
+    # what the catalogue knows was read with consent when it was added
+    adapter = read(named.path, allow_pickle=allow_pickle or named.entry is not None, alpha=alpha)
+    base = named.entry.base if named.entry and named.entry.base else adapter.base
+    return replace(adapter, base=base, meta={**adapter.meta, "name": named.name})
+
+
+def weights_of(refs: Sequence[str], weights: Sequence[float]) -> tuple[list[str], list[float]]:
+    """References and their weights: written behind each, or listed with -w, default 1. Raises BadOption if both."""
+    split = [weighted(ref) for ref in refs]
+    inline = [weight for _, weight in split]
+    if weights and any(weight is not None for weight in inline):
+        raise BadOption("weights are given both as REF:weight and with -w; use one of the two")
+    if weights and len(weights) != len(refs):
+        raise BadOption(f"{len(weights)} weights (-w) for {len(refs)} adapters; give one for each, or none")
+    chosen = list(weights) if weights else [1.0 if weight is None else weight for weight in inline]
+    return [ref for ref, _ in split], chosen

@@ -1,0 +1,1 @@
+"""A description and a library of adapters into a new adapter."""

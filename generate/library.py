@@ -1,0 +1,111 @@
+"""Library: the experts that a generator learns from, with their descriptions as unit vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..hub.bases import same_base
+from ..hub.errors import GenerationError
+
+if TYPE_CHECKING:
+    from ..hub.adapter import Adapter
+    from ..hub.catalog import Catalog
+    from ..index.encoders.text import TextEncoder
+
+Vectors = NDArray[np.float32]
+_PERCENTILE = 5.0  # of the library's own nearest similarities; below it a description counts as foreign
+_FEWEST = 8  # experts from which on that percentile means anything
+_LEAST = 0.25  # cosine below which MiniLM's sentences share no topic
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An adapter of the library and what its description says."""
+
+    id: str
+    name: str
+    description: str
+    load: Callable[[], Adapter]
+
+
+@dataclass(frozen=True)
+class Library:
+    """Experts of one base, and their descriptions' unit vectors (n, dim) in the order of `experts`."""
+
+    base: str | None
+    experts: tuple[Expert, ...]
+    vectors: Vectors
+
+    def similarities(self, query: Vectors) -> Vectors:
+        """Cosines (n,) of a description's unit vector (dim,) with every expert's."""
+        return np.asarray(self.vectors @ query, dtype=np.float32)
+
+    def threshold(self) -> float:
+        """The similarity below which nothing here is close: learnt from the library's own neighbours.
+
+        The fifth percentile, over experts, of the cosine with the nearest other expert; never below a floor.
+        """
+        if len(self.experts) < _FEWEST:
+            return _LEAST
+        cosines = self.vectors @ self.vectors.T
+        np.fill_diagonal(cosines, -1.0)
+        return float(max(_LEAST, np.percentile(cosines.max(axis=1), _PERCENTILE)))
+
+
+def open_library(
+    catalog: Catalog, encoder: TextEncoder, *, base: str | None = None, exclude: Collection[str] = ()
+) -> Library:
+    """The catalogue's mergeable adapters of a base that describe themselves, as experts.
+
+    `base` None stands for the only base there is. `exclude` holds ids or names to leave out. Raises GenerationError
+    where the catalogue has several bases or none that fits.
+    """
+    from ..hub.reading import read
+
+    entries = [entry for entry in catalog.entries() if entry.mergeable and (entry.description or entry.title)]
+    kept = [entry for entry in entries if not {entry.id, entry.name} & set(exclude)]
+    bases = sorted({entry.base for entry in kept if entry.base})
+    if base is None and len({b for b in bases if not same_base(b, bases[0])}) > 0:
+        raise GenerationError(f"the catalogue holds adapters of several bases: say --base, one of {', '.join(bases)}")
+    base = base or (bases[0] if bases else None)
+    fitting = [entry for entry in kept if entry.base and same_base(entry.base, base)]
+    if not fitting:
+        known = ", ".join(bases) or "none"
+        raise GenerationError(f"no described adapter for base {base} in the catalogue (bases there: {known}); add some")
+    texts = [f"{entry.title}. {entry.description}" if entry.title else entry.description for entry in fitting]
+    experts = tuple(
+        Expert(entry.id, entry.name, text, partial(read, catalog.path(entry), allow_pickle=True))
+        for entry, text in zip(fitting, texts, strict=True)
+    )
+    return Library(base, experts, encoder.encode(texts))
+
+
+def ranked(library: Library, query: Vectors, count: int, least: float | None) -> list[tuple[int, float]]:
+    """The `count` nearest experts as (index, cosine), nearest first.
+
+    Raises GenerationError where even the nearest is below `least` (None: the library's own threshold).
+    """
+    cosines = library.similarities(query)
+    order = np.argsort(-cosines, kind="stable")[:count]
+    bound = library.threshold() if least is None else least
+    best = int(order[0])
+    if cosines[best] < bound:
+        raise GenerationError(
+            f"nothing for base {library.base} is close to this description: the nearest is "
+            f"{library.experts[best].name} with similarity {cosines[best]:.2f}, expected at least {bound:.2f}; "
+            "add adapters for the task, say it in other words, or lower -o min_similarity"
+        )
+    return [(int(index), float(cosines[index])) for index in order]
+
+
+def share(similarities: Sequence[float], temperature: float) -> list[float]:
+    """softmax(similarity / temperature); the weights add up to 1 (SG-LoRA, arXiv 2509.10535, sparse aggregator)."""
+    scaled = np.asarray(similarities, dtype=np.float64) / temperature
+    powers = np.exp(scaled - scaled.max())
+    return [float(weight) for weight in powers / powers.sum()]

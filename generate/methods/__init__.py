@@ -1,0 +1,1 @@
+"""One generator a file: `def name(library, *, options)` learns from the library and returns a frozen generator."""
