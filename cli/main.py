@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -11,7 +12,6 @@ from ..hub.errors import LoraHubError
 from . import combine, files, find, library, make, tour
 
 INTERRUPTED = 130
-USAGE = 2
 
 app = typer.Typer(
     name="lorahub",
@@ -59,26 +59,14 @@ def main(
 
 def run() -> None:
     """The console script: run a command, turn what it raises into one line and an exit code."""
-    import click
-
+    signal.signal(signal.SIGINT, _interrupted)
     try:
-        code = app(standalone_mode=False)
+        app()
     except LoraHubError as error:
-        _complain(str(error))
+        typer.echo(f"lorahub: {' '.join(str(error).split())}", err=True)
         sys.exit(error.exit_code)
-    except click.exceptions.Abort:
-        sys.exit(INTERRUPTED)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        sys.stderr.close()
-        sys.exit(0)
-    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _complain(text: str) -> None:
-    one_line = " ".join(text.split())
-    typer.echo(f"lorahub: {one_line}", err=True)
+def _interrupted(signum: int, frame: object) -> None:
+    """Ctrl-C ends the program through its clean-up, with the code that shells expect."""
+    sys.exit(INTERRUPTED)

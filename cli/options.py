@@ -12,7 +12,7 @@ from ..hub.errors import BadOption
 Ref = Annotated[str, typer.Argument(metavar="REF", help="A name, the beginning of an id, or a path.")]
 Refs = Annotated[
     list[str],
-    typer.Argument(metavar="REF...", help="Names, ids or paths; REF:0.7 gives a weight, also a negative one."),
+    typer.Argument(metavar="REF", help="Names, ids or paths; REF:0.7 gives a weight, also a negative one."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Base = Annotated[str | None, typer.Option("--base", help="The base model's name.")]
