@@ -55,7 +55,7 @@ def merge(
             _announce(merged.adapter.shapes, out, target, json)
             return
         ingredients = [
-            Ingredient(one.name, one.digest(allow_pickle=allow_pickle), share, adapter.base)
+            Ingredient(one.name, one.digest(allow_pickle=allow_pickle), share, adapter.base, one.description)
             for one, share, adapter in zip(inputs, weights, adapters, strict=True)
         ]
         history = [{"name": i.name, "weight": i.weight, "sha256": i.digest} for i in ingredients]

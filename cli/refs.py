@@ -31,6 +31,11 @@ class Named:
 
         return self.entry.name if self.entry else default_name(self.path)
 
+    @property
+    def description(self) -> str:
+        """What the catalogue says it does."""
+        return self.entry.description if self.entry else ""
+
     def digest(self, *, allow_pickle: bool = False) -> str:
         """The hash of the adapter's content."""
         from ..hub.reading import fingerprint

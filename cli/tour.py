@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..hub.errors import GenerationError
 from . import options
 
 if TYPE_CHECKING:
     from ..generate.sentences import SentenceModel, SentenceTask
 
 EXAMPLE = Path(__file__).parent / "example"
-QUERIES = ("is this film review good or bad", "help a customer with a lost card")
+QUERIES = ("is a film worth watching", "help a customer whose card was stolen")
 MERGED = ("clinc-kitchen-and-dining", "clinc-home", "banking77-top-ups")
-UNSEEN = "clinc-banking"  # its own expert is kept out of the catalogue, and serves as the oracle
+FOREIGN = "translate English to French"
+UNSEEN = "cr-product-reviews"  # its own expert is kept out of the catalogue, and serves as the oracle
 
 
 def demo(
@@ -76,8 +78,8 @@ def _generate(model: SentenceModel, tasks: Mapping[str, SentenceTask], out: Path
     from . import show
 
     task = tasks[UNSEEN]
-    request = task.queries[0]
-    show.line(f"\nNow a task that no adapter in the catalogue was trained for: {', '.join(task.labels[:4])} ...")
+    request = task.queries[1]
+    show.line(f"\nNow a task that no adapter in the catalogue was trained for: {', '.join(task.labels[:4])}")
     _type(["generate", request, "--out", str(out), "--force"])
     nearest = out.with_name("nearest")
     with redirect_stdout(io.StringIO()):
@@ -91,6 +93,7 @@ def _generate(model: SentenceModel, tasks: Mapping[str, SentenceTask], out: Path
         "generated": model.accuracy(read(out), task),
         "oracle": model.accuracy(read(EXAMPLE / UNSEEN), task),
     }
+    _type(["generate", FOREIGN, "--out", str(out.with_name("foreign"))])
     show.line("\nMeasured: generated from words alone, beside the adapter trained on the task itself (oracle)")
     _percentages([row], ["base", "nearest", "generated", "oracle"])
     return row
@@ -112,10 +115,16 @@ def _type(arguments: list[str]) -> None:
     from . import show
     from .main import app
 
-    shown = [argument.replace(f"{EXAMPLE}{os.sep}", "example/") for argument in arguments]
+    places = ((f"{EXAMPLE}{os.sep}", "example/"), (str(_base_config().parent), "all-MiniLM-L6-v2"))
+    shown = arguments
+    for place, word in places:
+        shown = [argument.replace(place, word) for argument in shown]
     text = shlex.join(shown)
     show.line(f"\n$ lorahub {text if len(text) < 200 else text[:150] + ' ...'}")
-    app(arguments, standalone_mode=False)
+    try:
+        app(arguments, standalone_mode=False)
+    except GenerationError as error:  # a refusal is a result, and worth showing
+        show.line(f"lorahub: {error}")
 
 
 def _base_config() -> Path:

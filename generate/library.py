@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from ..index.encoders.text import TextEncoder
 
 Vectors = NDArray[np.float32]
-_PERCENTILE = 5.0  # of the library's own nearest similarities; below it a description counts as foreign
-_FEWEST = 8  # experts from which on that percentile means anything
-_LEAST = 0.25  # cosine below which MiniLM's sentences share no topic
+# Cosine from which on a description counts as close. On the example library paraphrases of a task lie at 0.30 or above
+# to its description, wishes for something else entirely below 0.28. The library's own descriptions are no measure for
+# it: written in one style, they are far nearer to one another (0.43 and above) than a user's words to any of them.
+CLOSE = 0.3
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,6 @@ class Library:
         """Cosines (n,) of a description's unit vector (dim,) with every expert's."""
         return np.asarray(self.vectors @ query, dtype=np.float32)
 
-    def threshold(self) -> float:
-        """The similarity below which nothing here is close: learnt from the library's own neighbours.
-
-        The fifth percentile, over experts, of the cosine with the nearest other expert; never below a floor.
-        """
-        if len(self.experts) < _FEWEST:
-            return _LEAST
-        cosines = self.vectors @ self.vectors.T
-        np.fill_diagonal(cosines, -1.0)
-        return float(max(_LEAST, np.percentile(cosines.max(axis=1), _PERCENTILE)))
-
 
 def open_library(
     catalog: Catalog, encoder: TextEncoder, *, base: str | None = None, exclude: Collection[str] = ()
@@ -78,7 +68,7 @@ def open_library(
     if not fitting:
         known = ", ".join(bases) or "none"
         raise GenerationError(f"no described adapter for base {base} in the catalogue (bases there: {known}); add some")
-    texts = [f"{entry.title}. {entry.description}" if entry.title else entry.description for entry in fitting]
+    texts = [entry.description or entry.title or entry.name for entry in fitting]
     experts = tuple(
         Expert(entry.id, entry.name, text, partial(read, catalog.path(entry), allow_pickle=True))
         for entry, text in zip(fitting, texts, strict=True)
@@ -86,19 +76,18 @@ def open_library(
     return Library(base, experts, encoder.encode(texts))
 
 
-def ranked(library: Library, query: Vectors, count: int, least: float | None) -> list[tuple[int, float]]:
+def ranked(library: Library, query: Vectors, count: int, least: float) -> list[tuple[int, float]]:
     """The `count` nearest experts as (index, cosine), nearest first.
 
-    Raises GenerationError where even the nearest is below `least` (None: the library's own threshold).
+    Raises GenerationError where even the nearest is below `least`.
     """
     cosines = library.similarities(query)
     order = np.argsort(-cosines, kind="stable")[:count]
-    bound = library.threshold() if least is None else least
     best = int(order[0])
-    if cosines[best] < bound:
+    if cosines[best] < least:
         raise GenerationError(
             f"nothing for base {library.base} is close to this description: the nearest is "
-            f"{library.experts[best].name} with similarity {cosines[best]:.2f}, expected at least {bound:.2f}; "
+            f"{library.experts[best].name} with similarity {cosines[best]:.2f}, expected at least {least:.2f}; "
             "add adapters for the task, say it in other words, or lower -o min_similarity"
         )
     return [(int(index), float(cosines[index])) for index in order]

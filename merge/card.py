@@ -19,6 +19,7 @@ class Ingredient:
     digest: str
     weight: float
     base: str | None
+    description: str = ""
 
 
 def record(
@@ -61,6 +62,8 @@ library_name: {library}
 ---
 # {adapter.name}
 
+{_summary(made["inputs"])}
+
 Made by lorahub: method `{made["method"]}`, options {options} ({versions}).
 
     {command}
@@ -76,3 +79,11 @@ norm ratio {made["norm_ratio"]:.6f}, energy {made["energy"]:.6f}. Every module h
 |---|---|---|---|---|---|
 {modules}
 """
+
+
+def _summary(inputs: Sequence[Mapping[str, Any]]) -> str:
+    """What the merge can do, in the words of its inputs: the paragraph by which it is found again."""
+    said = (
+        f"{one['name']} ({one['description'].rstrip('.')})" if one["description"] else one["name"] for one in inputs
+    )
+    return f"A merge of {', '.join(said)}."

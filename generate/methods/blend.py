@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...hub.adapter import Adapter
 from ...hub.errors import BadOption, GenerationError
 from ...hub.lowrank import LowRank, concat
-from ..library import Library, Vectors, ranked, share
+from ..library import CLOSE, Library, Vectors, ranked, share
 from ..run import Generated, Generator, Share
 
 
@@ -17,7 +17,7 @@ class _Blend:
     neighbours: int
     temperature: float
     rank: int | None
-    least: float | None
+    least: float
 
     def sample(self, query: Vectors, *, seed: int) -> Generated:
         near = ranked(self.library, query, self.neighbours, self.least)
@@ -39,15 +39,15 @@ class _Blend:
 def blend(
     library: Library,
     *,
-    neighbours: int = 3,
-    temperature: float = 0.05,
+    neighbours: int = 4,
+    temperature: float = 0.2,
     rank: int | None = None,
-    min_similarity: float | None = None,
+    min_similarity: float = CLOSE,
 ) -> Generator:
     """sum_k softmax(similarity_k / temperature) delta_k over the nearest experts: SG-LoRA's prior mean in delta space.
 
     neighbours: experts taken. temperature: small follows the nearest, large averages. rank: of the result; None keeps
-    the sum exact. min_similarity: below it the generator refuses; None learns it from the library.
+    the sum exact. min_similarity: cosine below which the generator refuses.
     """
     if neighbours < 1 or temperature <= 0:
         raise BadOption(f"neighbours is {neighbours}, temperature {temperature}; expected at least 1 and above 0")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..library import Library, Vectors, ranked
+from ..library import CLOSE, Library, Vectors, ranked
 from ..run import Generated, Generator, Share
 
 
 @dataclass(frozen=True)
 class _Nearest:
     library: Library
-    least: float | None
+    least: float
 
     def sample(self, query: Vectors, *, seed: int) -> Generated:
         [(index, cosine)] = ranked(self.library, query, 1, self.least)
@@ -19,9 +19,9 @@ class _Nearest:
         return Generated(expert.load(), (Share(expert.id, expert.name, cosine, 1.0),), novelty=0.0)
 
 
-def nearest(library: Library, *, min_similarity: float | None = None) -> Generator:
+def nearest(library: Library, *, min_similarity: float = CLOSE) -> Generator:
     """The expert whose description is most similar.
 
-    min_similarity: below it the generator refuses; None learns it from the library.
+    min_similarity: cosine below which the generator refuses.
     """
     return _Nearest(library, min_similarity)
