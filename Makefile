@@ -6,6 +6,9 @@ STAMP := $(VENV)/.ready
 # one interpreter of that version or newer is enough; a machine may only know it as python3
 INTERPRETER := $(shell command -v $(PYTHON) || command -v python3)
 
+# threads that wait by spinning make everything many times slower on a machine that is busy
+export OMP_WAIT_POLICY := PASSIVE
+
 .PHONY: setup demo test check bench clean
 
 setup: $(STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated
@@ -60,6 +61,8 @@ def main(
 def run() -> None:
     """The console script: run a command, turn what it raises into one line and an exit code."""
     signal.signal(signal.SIGINT, _interrupted)
+    # threads that wait by spinning make every command many times slower on a machine that is busy
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except LoraHubError as error:
