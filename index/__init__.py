@@ -1,0 +1,1 @@
+"""Adapters and words as vectors, and the search over them."""
