@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..merge.card import Ingredient, card, record
 from . import options
 from .settings import open_catalog
+
+if TYPE_CHECKING:
+    from ..merge.run import Merged
 
 
 def merge(
@@ -36,11 +42,8 @@ def merge(
     json: options.Json = False,
 ) -> None:
     """Merge adapters of one base into one file, exactly or by a method, and report how exact the result is."""
-    from ..hub.writing import save
-    from ..merge.card import Ingredient, card, record
     from ..merge.run import merge as merge_adapters
-    from . import show
-    from .make import command_line, dtype_of, fitting_format, remember, versions
+    from .make import dtype_of, fitting_format, remember
     from .refs import find, load, weights_of
 
     names, weights = weights_of(refs, weight or [])
@@ -58,26 +61,40 @@ def merge(
             Ingredient(one.name, one.digest(allow_pickle=allow_pickle), share, adapter.base, one.description)
             for one, share, adapter in zip(inputs, weights, adapters, strict=True)
         ]
-        history = [{"name": i.name, "weight": i.weight, "sha256": i.digest} for i in ingredients]
-        result = replace(merged.adapter, meta={**merged.adapter.meta, "merged_from": history})
-
-        def facts() -> dict[str, Any]:
-            return record(method, ingredients, given, merged.report, versions())
-
-        with show.progress("merging", quiet=json) as advance:
-            watched = _counted(result, advance)
-            path = save(
-                watched,
-                out,
-                target,
-                force=force,
-                card=lambda: card(facts(), result, command=command_line(sys.argv), library=target),
-            )
-        made = facts()
-        remember(
-            catalog, path, name, f"merge:{method}", list(zip(inputs, weights, strict=True)), made, base=result.base
-        )
+        path, made = _carry_out(merged, method, given, ingredients, out, target, force=force, quiet=json)
+        parents = list(zip(inputs, weights, strict=True))
+        remember(catalog, path, name, f"merge:{method}", parents, made, base=merged.adapter.base)
     _print(made, path, json)
+
+
+def _carry_out(
+    merged: Merged,
+    method: str,
+    given: Mapping[str, Any],
+    ingredients: Sequence[Ingredient],
+    out: Path,
+    target: str,
+    *,
+    force: bool,
+    quiet: bool,
+) -> tuple[Path, dict[str, Any]]:
+    """Write the merge, module by module, with its card; returns where, and the facts about it."""
+    from ..hub.writing import save
+    from . import show
+    from .make import command_line, versions
+
+    history = [{"name": one.name, "weight": one.weight, "sha256": one.digest} for one in ingredients]
+    result = replace(merged.adapter, meta={**merged.adapter.meta, "merged_from": history})
+
+    def facts() -> dict[str, Any]:
+        return record(method, ingredients, given, merged.report, versions())
+
+    def model_card() -> str:
+        return card(facts(), result, command=command_line(sys.argv), library=target)
+
+    with show.progress("merging", quiet=quiet) as advance:
+        path = save(_counted(result, advance), out, target, force=force, card=model_card)
+    return path, facts()
 
 
 def _counted(adapter: Any, advance: Any) -> Any:

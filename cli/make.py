@@ -56,16 +56,14 @@ def generate(
         encoder = text(model)
         library = open_library(catalog, encoder, base=base, exclude=exclude or ())
         made = generate_adapter(library, description, encoder, method=method, seed=seed, given=given)
-        facts = {
+        facts: dict[str, Any] = {
             "description": description,
             "method": method,
             "base": library.base,
             "seed": seed,
             "options": given,
-            "experts": [asdict(expert) for expert in made.experts],
-            "novelty": made.novelty,
-            "versions": versions(),
         }
+        facts |= {"experts": [asdict(one) for one in made.experts], "novelty": made.novelty, "versions": versions()}
         target = to or fitting_format(made.adapter)
         path = out
         if not dry_run:

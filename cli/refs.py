@@ -27,9 +27,11 @@ class Named:
 
     @property
     def name(self) -> str:
-        from ..hub.reading import default_name
+        if self.entry:
+            return self.entry.name
+        from ..hub.naming import name_from_path
 
-        return self.entry.name if self.entry else default_name(self.path)
+        return name_from_path(str(self.path.resolve()), folder=self.path.is_dir())
 
     @property
     def description(self) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..hub.adapter import Adapter
-from .report import Report
+if TYPE_CHECKING:
+    from ..hub.adapter import Adapter
+    from .report import Report
 
 
 @dataclass(frozen=True)
