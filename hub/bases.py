@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 # families within which adapters of any checkpoint are exchanged; pattern over the lower-case name -> family
 _FAMILIES: tuple[tuple[str, str], ...] = (
-    (r"sdxl|stable-diffusion-xl|xl[-_]?base|pony|illustrious|noobai|sd_?xl", "sdxl"),
-    (r"stable-diffusion-3|sd-?3|sd_?v?3", "sd-3"),
-    (r"stable-diffusion-(v)?2|stable-diffusion/v2|\bsd[-_ ]?v?2|sd_v2|v2-1|v2-0", "sd-2"),
-    (r"stable-diffusion-(v)?1|stable-diffusion/v1|\bsd[-_ ]?v?1|sd_v1|v1-[45]|animefull|nai\b", "sd-1"),
+    (r"sd[-_]?xl|stable-diffusion-xl|(^|[/_-])(pony|illustrious|noobai)", "sdxl"),
+    (r"stable-diffusion-v?3|(^|[/_-])sd[-_ ]?v?3", "sd-3"),
+    (r"stable-diffusion[-/]v?2|(^|[/_-])sd[-_ ]?v?2|(^|/)v2-[01]", "sd-2"),
+    (r"stable-diffusion[-/]v?1|(^|[/_-])sd[-_ ]?v?1|(^|/)v1-[45]|animefull|(^|[/_-])nai($|[-_.])", "sd-1"),
     (r"flux[-_. ]?2", "flux-2"),
     (r"flux", "flux-1"),
 )
@@ -41,7 +41,7 @@ def same_base(one: str | None, other: str | None) -> bool:
 def from_metadata(metadata: Mapping[str, str]) -> Base:
     """The base that a header names: kohya's and ModelSpec's entries."""
     for key in ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name"):
-        value = metadata.get(key, "").strip()
+        value = metadata.get(key, "").strip()[:200]
         if value and value.lower() != "none":
             known = re.search("|".join(pattern for pattern, _ in _FAMILIES), value.lower())
             if key != "ss_sd_model_name":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadOption, FormatError
-from .tensorfile import open_tensors
+from .formats._names import component
+from .tensorfile import open_tensors, shown
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 Dims = tuple[int, ...]
 TARGETS = ("peft", "diffusers", "vllm")
+_CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}  # GPT-2's layers store their weight as (inputs, outputs)
+_ROWS = re.compile(r"\.qkv\.[qkv]$")  # rows of a fused projection
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's max_lora_rank may take
 
 
@@ -63,7 +67,7 @@ def coverage(adapter: Adapter, base: Mapping[str, Dims] | None = None, target: s
         found = _find(name, base, suffixes)
         if found is None:
             unmatched.append(name)
-        elif not _fits(shape, base[found]):
+        elif not _fits(name, shape, base[found]):
             misfit.append(f"{name}: adapter {shape}, base {'x'.join(map(str, base[found]))}")
         else:
             matched.append(name)
@@ -93,37 +97,53 @@ def base_weights(path: Path) -> dict[str, Dims]:
     model = _empty_model(config_path, _load_json(config_path))
     return {
         name.removesuffix(".weight"): tuple(weight.shape)
-        for name, weight in model.named_parameters()
+        for name, weight in model.named_parameters(remove_duplicate=False)  # a tied head is a module of its own
         if name.endswith(".weight")
     }
 
 
 def _empty_model(path: Path, config: Mapping[str, Any]) -> Any:
+    import huggingface_hub.errors
     import torch
 
-    with torch.device("meta"):
-        if "_class_name" in config:
-            import diffusers
+    # a library that is given nonsense fails wherever its arithmetic first meets it
+    nonsense = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
+    strict: type[Exception] = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)
+    library = "diffusers" if "_class_name" in config else "transformers"
+    try:
+        with torch.device("meta"):
+            return _diffusers_model(path, config) if library == "diffusers" else _transformers_model(config)
+    except (*nonsense, strict, ImportError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise FormatError(f"{path}: {library} cannot build this model ({shown(reason)})") from None
 
-            kind = getattr(diffusers, str(config["_class_name"]), None)
-            if kind is None:
-                raise FormatError(f"{path}: diffusers has no {config['_class_name']}; update diffusers")
-            return kind.from_config(dict(config))
-        import transformers
 
-        try:
-            settings = transformers.AutoConfig.for_model(**{"model_type": config.get("model_type", ""), **config})
-            names = config.get("architectures") or []
-            kind = getattr(transformers, str(names[0]), None) if names else None
-            return kind(settings) if kind else transformers.AutoModel.from_config(settings)  # type: ignore[no-untyped-call]
-        except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{path}: transformers cannot build this model ({str(error)[:120]})") from None
+def _diffusers_model(path: Path, config: Mapping[str, Any]) -> Any:
+    import diffusers
+
+    kind: Any = getattr(diffusers, str(config["_class_name"]), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise FormatError(f"{path}: diffusers has no model {shown(str(config['_class_name']))}; update diffusers")
+    made: Any = kind
+    return made.from_config(dict(config))
+
+
+def _transformers_model(config: Mapping[str, Any]) -> Any:
+    import transformers
+
+    settings = transformers.AutoConfig.for_model(**{"model_type": "", **config})
+    names = config.get("architectures") or [""]
+    kind: Any = getattr(transformers, str(names[0]), None)
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind(settings)
+    bare: Any = transformers.AutoModel
+    return bare.from_config(settings)
 
 
 def _load_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path}: holds a {type(value).__name__}, expected an object")
@@ -141,9 +161,9 @@ def _by_suffix(base: Mapping[str, Dims]) -> dict[str, list[str]]:
 
 
 def _find(name: str, base: Mapping[str, Dims], suffixes: Mapping[str, list[str]]) -> str | None:
-    candidates = [name, name.partition(".")[2]]
-    if re.search(r"\.qkv\.[qkv]$", name):
-        candidates.append(name.rpartition(".")[0])  # rows of a fused projection
+    candidates = [name, name.replace(".text_model.", "."), name.partition(".")[2]]
+    if _ROWS.search(name):
+        candidates.append(name.rpartition(".")[0])
     for candidate in candidates:
         if candidate in base:
             return candidate
@@ -157,24 +177,22 @@ def _find(name: str, base: Mapping[str, Dims], suffixes: Mapping[str, list[str]]
     return None
 
 
-def _fits(shape: Shape, weight: Dims) -> bool:
-    flat = (weight[0], 1)
-    for size in weight[1:]:
-        flat = (flat[0], flat[1] * size)
-    mine = (shape.outputs, shape.inputs)
-    fused = flat[0] == 3 * mine[0] and flat[1] == mine[1]
-    # Conv1D and embeddings store their weight as (inputs, outputs)
-    return flat in (mine, mine[::-1]) or fused
+def _fits(name: str, shape: Shape, weight: Dims) -> bool:
+    flat = (weight[0], math.prod(weight[1:])) if weight else (0, 0)
+    if shape.embedding or name.rpartition(".")[2] in _CONV1D:
+        flat = flat[::-1]
+    fused = flat[0] // 3 if _ROWS.search(name) else flat[0]
+    return (fused, flat[1]) == (shape.outputs, shape.inputs)
 
 
 def _problems(adapter: Adapter, target: str) -> list[str]:
     problems = []
-    components = {name.split(".")[0] for name in adapter.shapes}
-    known = {"unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior"}
-    if target == "diffusers" and not components <= known:
-        problems.append(f"modules outside a pipeline's components: {', '.join(sorted(components - known)[:3])}")
-    if target == "peft" and len(components & known - {"transformer"}) > 1:
-        problems.append(f"a PEFT folder holds one model, this adapts {', '.join(sorted(components & known))}")
+    components = {component(name) for name in adapter.shapes}
+    outside = sorted(name for name in adapter.shapes if not component(name))
+    if target == "diffusers" and outside:
+        problems.append(f"modules outside a pipeline's components: {', '.join(outside[:3])}")
+    if target == "peft" and len(components) > 1:
+        problems.append(f"a PEFT folder holds one model, this adapts {', '.join(filter(None, sorted(components)))}")
     if target == "vllm":
         ranks = {shape.rank for shape in adapter.shapes.values()}
         if max(ranks, default=0) > _VLLM_RANKS[-1]:

@@ -146,10 +146,7 @@ class LowRank:
         The result is in the canonical gauge (balanced square roots of the singular values on both sides, signs fixed,
         scale 1). A rank above the present one changes the gauge only. Raises BadOption for values outside their range.
         """
-        if rank is not None and rank < 1:
-            raise BadOption(f"rank is {rank}; expected a whole number of at least 1")
-        if energy is not None and not 0 < energy <= 1:
-            raise BadOption(f"energy is {energy}; expected a share above 0 and at most 1")
+        check_limits(rank, energy)
         u, values, vh = self.svd()
         keep = min(rank or len(values), len(values))
         if energy is not None:
@@ -160,6 +157,14 @@ class LowRank:
     def _check_fits(self, other: LowRank) -> None:
         if not self.shape.fits(other.shape):
             raise IncompatibleAdapters(f"deltas of shapes {self.shape} and {other.shape} do not match")
+
+
+def check_limits(rank: int | None, energy: float | None) -> None:
+    """Raise BadOption for a rank below 1 or a share of energy that is not above 0 and at most 1."""
+    if rank is not None and rank < 1:
+        raise BadOption(f"rank is {rank}; expected a whole number of at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise BadOption(f"energy is {energy}; expected a share above 0 and at most 1")
 
 
 def concat(parts: Sequence[LowRank], weights: Sequence[float] | None = None) -> LowRank:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +16,20 @@ from typing import TYPE_CHECKING, Any
 from .bases import Base, from_shapes
 from .errors import BadOption, FormatError, IncompatibleAdapters
 from .formats import _foreign, _native
-from .formats._families import Family, Form, build, family_of
+from .formats._families import FACTOR_ROLES, SIDE_ROLES, Family, Form, build, checked_form, family_of
 from .metadata import Description, describe
+from .naming import name_from_path
 from .plugins import names as plugin_names
-from .source import CANONICAL_KEY, WEIGHT_FILES, Source, open_source, origin_json
-from .tensorfile import Planned, header_bytes, layout
+from .source import CANONICAL_KEY, Source, open_source, origin_json
+from .tensorfile import Planned, header_bytes, layout, shown
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .adapter import Adapter
     from .lowrank import LowRank
 
 FORMATS = f"{__package__}.formats"
-_SIDE_ROLES = {"alpha", "ranknum"}  # belong to a module without being kept on their own
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class ModulePlan:
     family: Family
     form: Form
     keys: Mapping[str, str]
-    rows: slice | None
+    rows: Sequence[int] | None
     dialect: str
     stored_scale: float | None  # of the dialect, without an alpha tensor; None where nothing says it
 
@@ -122,7 +126,7 @@ def read(path: Path, *, allow_pickle: bool = False, dialect: str | None = None, 
         base=base.name,
         extras={name: plan.source.file.tensor(key) for name, key in plan.extras.items()},
         meta={
-            "name": default_name(Path(path)),
+            "name": name_from_path(str(Path(path).resolve()), folder=Path(path).is_dir()),
             "path": str(path),
             "format": plan.format,
             "config": plan.source.config,
@@ -143,14 +147,6 @@ def canonical(path: Path, *, allow_pickle: bool = False) -> tuple[bytes, Iterato
     return header, (source.file.raw(plan.key) for plan in plans)
 
 
-def default_name(path: Path) -> str:
-    """A name for an adapter from its path: the file's stem, or its folder's name where the stem says nothing."""
-    generic = {Path(name).stem for name in WEIGHT_FILES} | {"pytorch_lora_weights", "pytorch_model", "lora", "model"}
-    if path.is_dir() or path.suffix == "":
-        return path.resolve().name
-    return path.resolve().parent.name if path.stem.lower() in generic else path.stem
-
-
 def interpret(source: Source, dialect: str | None = None) -> Plan:
     """Sort a source's tensors into modules and extras, each module by the dialect that claims it.
 
@@ -165,13 +161,20 @@ def interpret(source: Source, dialect: str | None = None) -> Plan:
             if place:
                 roles = groups.setdefault((name, place.module), {})
                 if place.role in roles:
-                    raise FormatError(f"{source.path}: {key} and {roles[place.role]} are the same factor: damaged")
+                    raise FormatError(
+                        f"{source.path}: {shown(key)} and {shown(roles[place.role])} are the same factor: damaged"
+                    )
                 roles[place.role] = key
                 break
         else:
             extras[_extra_name(key)] = key
-    modules = _modules(source, groups, extras, dict(readers))
     obstacle = _obstacle(source, groups)
+    try:
+        modules = _modules(source, groups, extras, dict(readers))
+    except FormatError:
+        if obstacle is None:
+            raise
+        modules, extras = {}, {_extra_name(key): key for key in source.tensors}  # LoRA's names, another type's shapes
     if not modules and obstacle is None:
         raise FormatError(_no_adapter(source))
     dialects = Counter(module.dialect for module in modules.values())
@@ -186,6 +189,7 @@ def interpret(source: Source, dialect: str | None = None) -> Plan:
     )
 
 
+@cache
 def _readers(dialect: str | None) -> list[tuple[str, Any]]:
     known = plugin_names(FORMATS)
     if dialect is not None and dialect not in known:
@@ -211,14 +215,13 @@ def _modules(
     modules: dict[str, ModulePlan] = {}
     for place, roles in groups.items():
         name = canonical[place]
-        dims = {role: source.tensors[key].shape for role, key in roles.items()}
-        used = _plan_module(source, place, name, roles, dims, readers[place[0]])
+        used = _plan_module(source, place, name, roles, readers[place[0]])
         for part, plan in used.items():
             if part in modules:
                 raise FormatError(f"{source.path}: two sets of tensors mean module {part}: damaged, or two adapters")
             modules[part] = plan
         spare = {role for role in roles if role in {"bias", "diff", "diff_b", "dora"} or not used}
-        extras.update({_extra_name(roles[role]): roles[role] for role in spare - (_SIDE_ROLES if used else set())})
+        extras.update({_extra_name(roles[role]): roles[role] for role in spare - (SIDE_ROLES if used else set())})
     return modules
 
 
@@ -227,25 +230,30 @@ def _plan_module(
     place: tuple[str, str],
     name: str,
     roles: Mapping[str, str],
-    dims: Mapping[str, tuple[int, ...]],
     reader: Any,
 ) -> dict[str, ModulePlan]:
-    where = f"{source.path}: {name}"
-    family = family_of(place[1], dims, str(source.path))
+    infos = {role: source.tensors[key] for role, key in roles.items()}
+    family = family_of(place[1], infos, str(source.path))
     if family is None:
         return {}
     try:
-        form = family.form(dims)
-    except (FormatError, IndexError, KeyError) as error:
-        raise FormatError(f"{where}: {error}; the factors' shapes disagree: damaged") from None
-    if 0 in (form.rank, form.outputs, form.inputs):
-        raise FormatError(f"{where} has an empty factor (rank {form.rank}, {form.outputs}x{form.inputs}): damaged")
+        form = checked_form(family, infos)
+    except FormatError as error:
+        raise FormatError(f"{source.path}: {name}: {error}; the file is damaged") from None
     form = _kernel_by_name(name, family, form)
-    scale = 1.0 if form.fixed_scale else reader.scale(source, place[1], form.divisor)
+    scale = _stored_scale(source, place, form, reader)
     return {
         part.name: ModulePlan(family, form, dict(roles), part.rows, place[0], scale)
         for part in _native.parts(name, form.outputs)
     }
+
+
+def _stored_scale(source: Source, place: tuple[str, str], form: Form, reader: Any) -> float | None:
+    """What the dialect says of the scale; LyCORIS ignores alpha where LoKr's factors are both dense, PEFT does not."""
+    if form.fixed_scale and place[0] != "peft":
+        return 1.0
+    found: float | None = reader.scale(source, place[1], 0 if form.fixed_scale else form.divisor)
+    return found
 
 
 def _kernel_by_name(name: str, family: Family, form: Form) -> Form:
@@ -258,25 +266,30 @@ def _kernel_by_name(name: str, family: Family, form: Form) -> Form:
 
 
 def _rows(module: ModulePlan) -> int:
-    rows = module.rows
-    return module.form.outputs if rows is None else rows.stop - rows.start
+    return module.form.outputs if module.rows is None else len(module.rows)
 
 
 def _load(plan: Plan, module: ModulePlan, alpha: float | None) -> LowRank:
-    tensors = {
-        role: plan.source.file.tensor(key) for role, key in module.keys.items() if role not in _SIDE_ROLES | {"dora"}
-    }
+    tensors = {role: _factor(plan, key) for role, key in module.keys.items() if role in FACTOR_ROLES}
     made = build(module.family, tensors, module.form, _scale(plan, module, alpha))
-    return made if module.rows is None else replace(made, up=made.up[module.rows])
+    return made if module.rows is None else replace(made, up=made.up[list(module.rows)])
+
+
+def _factor(plan: Plan, key: str) -> Tensor:
+    """The tensor; eight-bit floats, which torch does not calculate with, as float16, which holds all of them."""
+    import torch
+
+    tensor = plan.source.file.tensor(key)
+    return tensor.to(torch.float16) if plan.source.tensors[key].dtype.startswith("F8") else tensor
 
 
 def _scale(plan: Plan, module: ModulePlan, alpha: float | None) -> float:
     """The one place where alpha becomes a scale: an alpha tensor first, then the dialect, then `alpha`, then 1."""
     key = module.keys.get("alpha")
-    if module.form.fixed_scale:
-        return 1.0
-    if key is not None:
+    if key is not None and not module.form.fixed_scale:
         value = plan.source.file.scalar(key)
+        if not math.isfinite(value):
+            raise FormatError(f"{plan.source.path}: {shown(key)} is {value}, expected a number; the training diverged")
         return value / module.form.divisor if value else 1.0  # LyCORIS writes 0 for "alpha equals the rank"
     if module.stored_scale is None:
         return 1.0 if alpha is None else alpha / module.form.divisor
@@ -288,7 +301,9 @@ def _fingerprint(plan: Plan) -> str:
     for key in sorted(source.tensors):
         info, data = source.tensors[key], source.file.raw(key)
         if source.file.nonfinite(key, data):
-            raise FormatError(f"{source.path}: {key} holds NaN or Inf; the training diverged or the file is damaged")
+            raise FormatError(
+                f"{source.path}: {shown(key)} holds NaN or Inf; the training diverged or the file is damaged"
+            )
         digest.update(f"{key}\0{info.dtype}\0{info.shape}\0".encode())
         digest.update(data)
     outside = {
@@ -296,8 +311,9 @@ def _fingerprint(plan: Plan) -> str:
         for name, module in plan.modules.items()
         if "alpha" not in module.keys and module.stored_scale not in (None, 1.0)
     }
-    if outside or plan.obstacle:
-        digest.update(json.dumps([outside, plan.obstacle], sort_keys=True).encode())
+    foreign = plan.format if plan.obstacle else None  # the same tensors mean another thing then
+    if outside or foreign:
+        digest.update(json.dumps([outside, foreign], sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -345,8 +361,8 @@ def _obstacle(source: Source, groups: Mapping[tuple[str, str], Mapping[str, str]
 
 
 def _format(source: Source, dialects: Mapping[str, int], obstacle: str | None) -> str:
-    declared = str((source.config or {}).get("peft_type") or "").lower()
-    if declared and declared != "lora":
+    declared = _foreign.declared_type(source.config).lower()
+    if declared not in {"", "lora"}:
         return f"peft-{declared}"
     if "list:0" in source.tensors:
         return "cloneofsimo-list"
@@ -370,7 +386,7 @@ def _extra_name(key: str) -> str:
 
 
 def _no_adapter(source: Source) -> str:
-    some = ", ".join(sorted(source.tensors)[:3]) or "no tensors"
+    some = ", ".join(map(shown, sorted(source.tensors)[:3])) or "no tensors"
     return (
         f"{source.path}: holds no adapter tensors (found {some}); expected pairs such as lora_A/lora_B, "
         "lora_down/lora_up, lora_a/lora_b, hada_* or lokr_*"

@@ -7,13 +7,29 @@ thing: named tensors, header metadata and, where there is one, the adapter's con
 from __future__ import annotations
 
 import json
+import os
+import struct
+import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import FormatError, UnsafeFile
-from .tensorfile import TensorInfo, dtype_name, has_nonfinite, open_tensors, scalar_value, tensor_bytes
+from .tensorfile import (
+    ITEM_SIZES,
+    TensorFile,
+    TensorInfo,
+    check_name,
+    dtype_name,
+    file_size,
+    has_nonfinite,
+    open_tensors,
+    scalar_value,
+    shown,
+    tensor_bytes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +38,7 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 WEIGHT_FILES = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
 CONFIG_FILE = "adapter_config.json"
 CANONICAL_KEY = "lorahub.source"  # the one metadata entry of a canonical blob
+_CONFIG_LIMIT = 16 * 1024 * 1024  # bytes; a larger configuration is none
 
 
 class Tensors(Protocol):
@@ -37,13 +54,17 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """An opened adapter. `path` is what the user named, `weights` the file with the tensors."""
+    """An opened adapter. `path` is what the user named, `weights` the file with the tensors.
+
+    `memo` is for what a dialect works out once a file.
+    """
 
     path: Path
     weights: Path
     file: Tensors
     metadata: Mapping[str, str]
     config: Mapping[str, Any] | None
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -57,7 +78,7 @@ class UnpickledTensors:
     path: Path
     values: Mapping[str, Tensor]
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {
             key: TensorInfo(dtype_name(value.dtype), tuple(value.shape), 0, value.numel() * value.element_size())
@@ -71,7 +92,7 @@ class UnpickledTensors:
         return self.values[key]
 
     def scalar(self, key: str) -> float:
-        return scalar_value(dtype_name(self.values[key].dtype), self.raw(key), f"{self.path}: {key}")
+        return scalar_value(self.tensors[key], self.raw(key), f"{self.path}: {shown(key)}")
 
     def nonfinite(self, key: str, data: bytes) -> bool:
         return has_nonfinite(dtype_name(self.values[key].dtype), data)
@@ -79,7 +100,7 @@ class UnpickledTensors:
 
 def weight_file(folder: Path) -> Path | None:
     """The file that holds the tensors of a PEFT or MLX directory; safetensors before a pickle."""
-    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    return next((folder / name for name in WEIGHT_FILES if _is_file(folder / name)), None)
 
 
 def open_source(path: Path, *, allow_pickle: bool = False) -> Source:
@@ -88,11 +109,12 @@ def open_source(path: Path, *, allow_pickle: bool = False) -> Source:
     Raises FormatError if it is damaged or no adapter, UnsafeFile if it is a pickle and `allow_pickle` is false.
     """
     weights = path
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         found = weight_file(path)
         if found is None:
             raise FormatError(f"{path}: holds none of {', '.join(WEIGHT_FILES)}; name an adapter file or a PEFT folder")
         weights = found
+    file_size(weights)
     config = _config_beside(weights)
     if weights.suffix.lower() in PICKLES:
         return Source(path, weights, _unpickle(weights, allow_pickle), {}, config)
@@ -100,9 +122,22 @@ def open_source(path: Path, *, allow_pickle: bool = False) -> Source:
         raise FormatError(f"{path}: is a GGUF file, which lorahub does not read; use the adapter it was converted from")
     file = open_tensors(weights)
     if CANONICAL_KEY in file.metadata:
-        origin = _parse_json(weights, file.metadata[CANONICAL_KEY])
-        return Source(path, weights, file, origin.get("metadata") or {}, origin.get("config"))
+        return _canonical(path, weights, file)
     return Source(path, weights, file, file.metadata, config)
+
+
+def _canonical(path: Path, weights: Path, file: TensorFile) -> Source:
+    origin = _parse_json(weights, file.metadata[CANONICAL_KEY])
+    metadata, config = origin.get("metadata") or {}, origin.get("config")
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if not texts or not isinstance(config, (dict, type(None))):
+        raise FormatError(f"{weights}: its {CANONICAL_KEY} is not what lorahub writes; fetch the file again")
+    return Source(path, weights, file, metadata, config)
+
+
+def _is_file(path: Path) -> bool:
+    """As os.path.isfile, which unlike Path.is_file takes a folder that may not be entered for one without files."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def origin_json(source: Source) -> str:
@@ -112,18 +147,23 @@ def origin_json(source: Source) -> str:
 
 def _config_beside(weights: Path) -> Mapping[str, Any] | None:
     file = weights.parent / CONFIG_FILE
-    if weights.name not in WEIGHT_FILES or not file.is_file():
+    if weights.name not in WEIGHT_FILES or not _is_file(file):
         return None
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            data = stream.read(_CONFIG_LIMIT + 1)
+        text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{file}: cannot be read as text ({error}); restore it from the adapter's origin") from None
+    if len(data) > _CONFIG_LIMIT:
+        raise FormatError(f"{file}: has more than {_CONFIG_LIMIT} bytes, which no adapter's configuration has")
     return _parse_json(file, text)
 
 
 def _parse_json(path: Path, text: str) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # halves of characters can be neither stored nor shown
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: is not valid JSON ({error}); restore it from the adapter's origin") from None
     if not isinstance(value, dict):
@@ -141,12 +181,15 @@ def _unpickle(path: Path, allow_pickle: bool) -> UnpickledTensors:
 
     import torch
 
+    # a damaged pickle is a damaged program: it fails in the unpickler with whatever its last instruction ran into
+    program = (pickle.UnpicklingError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
+    file = (OSError, EOFError, ValueError, RuntimeError, ImportError, MemoryError, struct.error, tarfile.TarError)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+    except (*program, *file) as error:
+        reason = (str(error).splitlines() or [""])[0][:100] or type(error).__name__
         raise FormatError(
-            f"{path}: cannot be loaded with weights_only=True ({reason}); it is damaged or unsafe"
+            f"{path}: cannot be loaded with weights_only=True ({shown(reason)}); it is damaged or unsafe"
         ) from None
     return UnpickledTensors(path, _flat(path, loaded))
 
@@ -155,9 +198,22 @@ def _flat(path: Path, loaded: object) -> dict[str, Tensor]:
     import torch
 
     if isinstance(loaded, (list, tuple)) and loaded and all(isinstance(item, torch.Tensor) for item in loaded):
-        return {f"list:{index}": item for index, item in enumerate(loaded)}
+        loaded = {f"list:{index}": item for index, item in enumerate(loaded)}
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not any(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise FormatError(f"{path}: holds a {type(loaded).__name__}, expected a dictionary or list of tensors")
-    return {str(key): value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+    return {str(key): _plain(path, str(key), value) for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def _plain(path: Path, key: str, value: Tensor) -> Tensor:
+    """The tensor, if safetensors could hold it too. Raises FormatError for what only a pickle can say."""
+    import torch
+
+    where = f"{path}: {check_name(path, key)}"
+    dense = value.layout == torch.strided and value.device.type == "cpu"
+    if not dense or dtype_name(value.dtype) not in ITEM_SIZES:
+        raise FormatError(f"{where} is no plain tensor ({value.dtype}, {value.layout}, {value.device})")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise FormatError(f"{where} is larger than its bytes: an expanded tensor; save a copy of it")
+    return value.detach()

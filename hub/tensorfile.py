@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import stat
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +26,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADER_LIMIT = 100 * 1024 * 1024  # bytes; the limit of the safetensors library itself
+_AXES_LIMIT = 16  # axes of a tensor; adapters have at most five
+_COUNT_LIMIT = 2**62  # numbers in a shape and offsets
+_NAME_LIMIT = 1000  # characters of a tensor's name
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # rules a terminal, breaks a line
 
 ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
+
+FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 # dtype -> (unsigned view, mask of the exponent): all exponent bits set means Inf or NaN
 _EXPONENTS: dict[str, tuple[str, int]] = {
@@ -65,7 +73,7 @@ class TensorFile:
             file.seek(info.start)
             data = file.read(info.stop - info.start)
         if len(data) != info.stop - info.start:
-            raise FormatError(f"{self.path}: {key} ends early; the file was cut while it was read: try again")
+            raise FormatError(f"{self.path}: {shown(key)} ends early; the file was cut while it was read: try again")
         return data
 
     def tensor(self, key: str) -> Tensor:
@@ -82,9 +90,7 @@ class TensorFile:
     def scalar(self, key: str) -> float:
         """A tensor of one element as a float, without torch."""
         info = self.tensors[key]
-        if math.prod(info.shape) != 1:
-            raise FormatError(f"{self.path}: {key} has shape {list(info.shape)}, expected a single number")
-        return scalar_value(info.dtype, self.raw(key), f"{self.path}: {key}")
+        return scalar_value(info, self.raw(key), f"{self.path}: {shown(key)}")
 
     def nonfinite(self, key: str, data: bytes) -> bool:
         """Whether `data`, the tensor's bytes, holds a NaN or an infinity."""
@@ -113,17 +119,31 @@ def dtype_name(dtype: torch.dtype) -> str:
     return special.get(word) or word.replace("float", "F").replace("uint", "U").replace("int", "I")
 
 
-def scalar_value(dtype: str, data: bytes, where: str) -> float:
-    """The one number in `data`. Raises FormatError for a dtype that is no number."""
+def shown(name: str) -> str:
+    """A name from a file as an error message shows it: quoted, on one line, not longer than a line."""
+    return repr(name) if len(name) <= 120 else f"{name[:100]!r}... ({len(name)} characters)"
+
+
+def check_name(path: Path, key: str) -> str:
+    """The tensor's name as messages show it. Raises FormatError for control characters and endless names."""
+    if len(key) > _NAME_LIMIT or _CONTROL.search(key):
+        raise FormatError(f"{path}: {shown(key)} cannot be a tensor's name; the file is damaged")
+    return shown(key)
+
+
+def scalar_value(info: TensorInfo, data: bytes, where: str) -> float:
+    """The one number in `data`. Raises FormatError for several, and for a dtype that is no number."""
     codes = {
         "F16": "<e", "F32": "<f", "F64": "<d", "I8": "<b", "U8": "<B", "I16": "<h", "U16": "<H", "I32": "<i",
         "U32": "<I", "I64": "<q", "U64": "<Q",
     }  # fmt: skip
-    if dtype == "BF16":
+    if math.prod(info.shape) != 1:
+        raise FormatError(f"{where} has shape {list(info.shape)}, expected a single number")
+    if info.dtype == "BF16":
         return float(struct.unpack("<f", b"\0\0" + data)[0])
-    if dtype not in codes:
-        raise FormatError(f"{where} has dtype {dtype}, expected a number")
-    return float(struct.unpack(codes[dtype], data)[0])
+    if info.dtype not in codes:
+        raise FormatError(f"{where} has dtype {info.dtype}, expected a number")
+    return float(struct.unpack(codes[info.dtype], data)[0])
 
 
 def has_nonfinite(dtype: str, data: bytes) -> bool:
@@ -139,12 +159,23 @@ def has_nonfinite(dtype: str, data: bytes) -> bool:
 
 def open_tensors(path: Path) -> TensorFile:
     """Parse and check a safetensors header. Raises FormatError, in one line, for anything that is not right."""
+    size = file_size(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             return _parse(path, size, file.read(8), file.read)
     except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def file_size(path: Path) -> int:
+    """Size in bytes. Raises FormatError for what is missing or no regular file: to open a pipe would wait for ever."""
+    try:
+        found = path.stat()
+    except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror}); check that it exists and is a file") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise FormatError(f"{path}: is no regular file; name an adapter file or a PEFT folder")
+    return found.st_size
 
 
 def _parse(path: Path, size: int, prefix: bytes, read: Any) -> TensorFile:
@@ -158,8 +189,12 @@ def _parse(path: Path, size: int, prefix: bytes, read: Any) -> TensorFile:
             f"{path}: its header claims {length} bytes in a file of {size}: truncated, or not a safetensors file"
         )
     try:
-        header = json.loads(read(length), object_pairs_hook=_unique)
-        json.dumps(header, ensure_ascii=False).encode()  # lone surrogates would break every later use of a name
+        text = read(length)
+        header = json.loads(text.decode(), object_pairs_hook=_unique)
+        if (
+            b"\\u" in text
+        ):  # halves of characters, which break every later use of a name, can be written as escapes only
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: its header is not valid JSON ({error}); the file is damaged") from None
     if not isinstance(header, dict):
@@ -181,20 +216,24 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: Path, key: str, entry: Any, start: int, size: int) -> TensorInfo:
+    where = f"{path}: {check_name(path, key)}"
     try:
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        counts = [*shape, first, last]
     except (TypeError, KeyError, ValueError):
-        raise FormatError(f"{path}: the entry of {key!r} lacks dtype, shape or data_offsets: damaged header") from None
-    if dtype not in ITEM_SIZES:
-        raise FormatError(f"{path}: {key!r} has dtype {dtype!r}, expected one of {', '.join(ITEM_SIZES)}")
-    if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
-        raise FormatError(f"{path}: {key!r} has a negative, huge or non-whole shape or offset: damaged header")
+        raise FormatError(f"{where} lacks a dtype, a shape or two data_offsets: damaged header") from None
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise FormatError(f"{where} has dtype {shown(str(dtype))}, expected one of {', '.join(ITEM_SIZES)}")
+    if not isinstance(shape, list) or len(shape) > _AXES_LIMIT:
+        raise FormatError(f"{where} has no shape of at most {_AXES_LIMIT} axes: damaged header")
+    if not all(type(count) is int and 0 <= count < _COUNT_LIMIT for count in (*shape, first, last)):
+        raise FormatError(f"{where} has a negative, huge or non-whole shape or offset: damaged header")
     expected = math.prod(shape) * ITEM_SIZES[dtype]
     if last - first != expected:
-        raise FormatError(f"{path}: {key!r} spans {last - first} bytes, its {dtype} {shape} needs {expected}")
+        raise FormatError(f"{where} spans {last - first} bytes, its {dtype} {shape} needs {expected}: damaged header")
+    if math.prod(filter(None, shape)) >= _COUNT_LIMIT:
+        raise FormatError(f"{where} is empty and yet of a huge shape {shape}: damaged header")
     if start + last > size:
-        raise FormatError(f"{path}: {key!r} ends at byte {start + last} of a file of {size}: truncated")
+        raise FormatError(f"{where} ends at byte {start + last} of a file of {size}: truncated")
     return TensorInfo(dtype, tuple(shape), start + first, start + last)
 
 
@@ -203,7 +242,7 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], start: int, siz
     for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != end:
             what = "overlaps another tensor" if info.start < end else "leaves a hole before it"
-            raise FormatError(f"{path}: {key!r} {what}: damaged header")
+            raise FormatError(f"{path}: {shown(key)} {what}: damaged header")
         end = info.stop
     if end != size:
         raise FormatError(f"{path}: {size - end} bytes follow the last tensor: damaged, or not written to the end")

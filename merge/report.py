@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..hub.lowrank import LowRank, concat
 
+_ROUNDING = 1e-5  # of the inputs' norm: what rounding may leave where they cancel
 _FLOOR = 1e-6  # of the inputs' norm: below it an exact sum counts as zero, and errors are relative to the inputs
 
 
@@ -46,12 +47,11 @@ class _Sums:
     def fidelity(self) -> Fidelity:
         target, result = math.sqrt(max(self.target, 0.0)), math.sqrt(max(self.result, 0.0))
         distance = math.sqrt(max(self.target - 2 * self.inner + self.result, 0.0))
-        reference = max(target, _FLOOR * math.sqrt(max(self.inputs, 0.0)))
-        if reference == 0.0:
-            return Fidelity(0.0 if result == 0.0 else math.inf, 1.0, 1.0, 1.0)
+        inputs = math.sqrt(max(self.inputs, 0.0))
+        if target <= _FLOOR * inputs:  # the inputs cancel, or are nothing: what is left of them has no direction
+            error = distance / inputs if inputs else (math.inf if result else 0.0)
+            return Fidelity(error, 1.0, 1.0, 1.0) if error <= _ROUNDING else Fidelity(error, 0.0, math.inf, math.inf)
         product = target * result
-        if target < reference:  # the inputs cancel: directions carry no meaning
-            return Fidelity(distance / reference, 1.0, 1.0, 1.0)
         cosine = min(max(self.inner / product, -1.0), 1.0) if product else 0.0
         return Fidelity(distance / target, cosine, result / target, (result / target) ** 2)
 

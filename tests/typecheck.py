@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,12 +15,12 @@ FOLDERS = ("hub", "index", "merge", "generate", "cli")
 
 def main() -> int:
     """mypy's exit status."""
-    with tempfile.TemporaryDirectory() as room:
-        package = Path(room) / "lorahub"
-        package.symlink_to(ROOT)
-        command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
-        cache = ["--cache-dir", str(ROOT / ".mypy_cache")]
-        return subprocess.run([*command, *cache, *(str(package / name) for name in FOLDERS)], check=False).returncode
+    package = ROOT / ".mypy_cache" / "tree" / "lorahub"
+    package.parent.mkdir(parents=True, exist_ok=True)
+    package.unlink(missing_ok=True)
+    package.symlink_to(ROOT)
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml"]
+    return subprocess.run([*command, *(str(package / name) for name in FOLDERS)], cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ right ones. LoKr (Kronecker product) is one too: kron(A1 B1, A2 B2) = kron(A1, A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import FormatError
+from ..tensorfile import FLOATING, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from ..lowrank import LowRank
 
 Dims = tuple[int, ...]
+SIDE_ROLES = {"alpha", "ranknum"}  # belong to a module without being kept on their own
+_SIZE_LIMIT = 2**31  # numbers in a module's factors, which LoHa and LoKr can pretend to have in a small file
 
 
 class Form(NamedTuple):
@@ -42,13 +46,13 @@ class Family:
     factors: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]
 
 
-def family_of(module: str, roles: Mapping[str, Dims], where: str) -> Family | None:
+def family_of(module: str, roles: Collection[str], where: str) -> Family | None:
     """The family of a module, None if it holds nothing of one. Raises FormatError for half a pair."""
     present = set(roles)
     for family in FAMILIES:
         if family.needs <= present and _complete(family, present):
             return family
-    parts = present & _ALL_ROLES
+    parts = present & FACTOR_ROLES
     if parts:
         raise FormatError(
             f"{where}: {module} has {', '.join(sorted(parts))} without the matching other factor: damaged"
@@ -60,6 +64,29 @@ def _complete(family: Family, present: set[str]) -> bool:
     if family.name != "lokr":
         return True
     return all(f"lokr_{w}" in present or {f"lokr_{w}_a", f"lokr_{w}_b"} <= present for w in ("w1", "w2"))
+
+
+def checked_form(family: Family, infos: Mapping[str, TensorInfo]) -> Form:
+    """The form of a module from its tensors' header entries.
+
+    Raises FormatError for what no training writes: shapes that do not multiply, empty, whole-numbered or absurdly large
+    factors, an alpha of several numbers.
+    """
+    for role, info in infos.items():
+        if 0 in info.shape:
+            raise FormatError(f"{role} is empty {list(info.shape)}")
+        if role in SIDE_ROLES:
+            if math.prod(info.shape) != 1:
+                raise FormatError(f"{role} has shape {list(info.shape)}, expected one number")
+        elif info.dtype not in FLOATING:
+            raise FormatError(f"{role} is of {info.dtype}, expected floating-point numbers")
+    form = family.form({role: info.shape for role, info in infos.items()})
+    size = form.rank * (form.outputs + form.inputs)
+    if size > _SIZE_LIMIT:
+        raise FormatError(
+            f"rank {form.rank} at {form.outputs}x{form.inputs} takes {size:.1e} numbers, no model has so many"
+        )
+    return form
 
 
 def build(family: Family, tensors: Mapping[str, Tensor], form: Form, scale: float) -> LowRank:
@@ -74,19 +101,20 @@ def build(family: Family, tensors: Mapping[str, Tensor], form: Form, scale: floa
 
 
 def _lora_form(dims: Mapping[str, Dims]) -> Form:
-    down, up = dims["down"], dims["up"]
-    _agree(len(down) >= 2 and len(up) >= 2 and down[0] == up[1], up, down)
-    kernel = dims["mid"][2:] if "mid" in dims else down[2:]
-    return Form(down[0], up[0], down[1] * _size(kernel), kernel, False, down[0])
+    down, up, core = dims["down"], dims["up"], dims.get("mid")
+    _agree(len(down) >= 2 and len(up) >= 2 and math.prod(up[2:]) == 1, up, down)
+    if core is None:
+        _agree(down[0] == up[1], up, down)
+        return Form(down[0], up[0], math.prod(down[1:]), down[2:], False, down[0])
+    _agree(len(core) >= 3 and core[:2] == (up[1], down[0]) and math.prod(down[2:]) == 1, core, down)
+    return Form(up[1], up[0], down[1] * math.prod(core[2:]), core[2:], False, down[0])
 
 
 def _lora_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    import torch
-
-    up, down = tensors["up"], tensors["down"]
+    up, down = tensors["up"].flatten(1), tensors["down"].flatten(1)
     if "mid" in tensors:  # Tucker: fold the kernel's core into the down factor, at the same rank
-        down = torch.einsum("ijkl,jc->ickl", tensors["mid"].float(), down.flatten(1).float())
-    return up.flatten(1), down.flatten(1)
+        down = _folded(tensors["mid"], down)
+    return up, down
 
 
 def _transposed_form(dims: Mapping[str, Dims]) -> Form:
@@ -114,20 +142,19 @@ def _embedding_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _loha_form(dims: Mapping[str, Dims]) -> Form:
-    w1_a, w1_b = dims["hada_w1_a"], dims["hada_w1_b"]
-    w2_a, w2_b = dims["hada_w2_a"], dims["hada_w2_b"]
-    if "hada_t1" in dims:
-        kernel = dims["hada_t1"][2:]
-        _agree(w1_a[1] == w2_a[1] and w1_b[1] == w2_b[1], w1_a, w1_b)
-        return Form(w1_a[0] * w2_a[0], w1_a[1], w1_b[1] * _size(kernel), kernel, False, w1_b[0])
-    _agree(w1_a[0] == w2_a[0] and w1_b[1:] == w2_b[1:] and w1_a[1] == w1_b[0] and w2_a[1] == w2_b[0], w1_a, w1_b)
-    return Form(w1_a[1] * w2_a[1], w1_a[0], _size(w1_b[1:]), w1_b[2:], False, w1_b[0])
+    first, second = (_product(dims[f"hada_w{n}_a"], dims[f"hada_w{n}_b"], dims.get(f"hada_t{n}")) for n in (1, 2))
+    same = (first.outputs, first.inputs, first.kernel) == (second.outputs, second.inputs, second.kernel)
+    _agree(same, dims["hada_w1_a"], dims["hada_w2_b"])
+    rank = min(first.rank * second.rank, first.outputs, first.inputs)
+    return Form(rank, first.outputs, first.inputs, first.kernel, False, first.trained_rank)
 
 
 def _loha_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     (up1, down1), (up2, down2) = (
         _tucker(tensors.get(f"hada_t{n}"), tensors[f"hada_w{n}_a"], tensors[f"hada_w{n}_b"]) for n in (1, 2)
     )
+    if up1.shape[1] * up2.shape[1] > min(up1.shape[0], down1.shape[1]):
+        return _cheapest((up1 @ down1) * (up2 @ down2))
     up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
     down = (down1[:, None, :] * down2[None, :, :]).flatten(0, 1)
     return up, down
@@ -135,38 +162,48 @@ def _loha_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _tucker(core: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Left and right factor of a (possibly Tucker) product; with a core, `a` is stored (rank, outputs)."""
-    import torch
-
     if core is None:
         return a.float(), b.flatten(1).float()
-    return a.float().T, torch.einsum("ijkl,jr->irkl", core.float(), b.float()).flatten(1)
+    return a.float().T, _folded(core, b)
 
 
-# --- LoKr ---------------------------------------------------------------------------------------------------------
+def _folded(core: Tensor, down: Tensor) -> Tensor:
+    """A core (rank, rank', *kernel) and a factor (rank', channels) as one factor (rank, channels x kernel)."""
+    import torch
+
+    return torch.einsum("ijk,jc->ick", core.flatten(2).float(), down.float()).flatten(1)
 
 
-class _Factor(NamedTuple):
-    """One side of the Kronecker product: its shape, the rank of its cheapest factorisation, the trainer's rank."""
+class _Product(NamedTuple):
+    """The header's reading of `a @ b`: shape, rank of the product, and the rank that the trainer's alpha is for."""
 
     outputs: int
     inputs: int
     kernel: Dims
     rank: int
-    trained_rank: int  # 0 where it is stored dense
+    trained_rank: int  # 0 where a factor is stored dense
 
 
-def _lokr_factor(which: str, dims: Mapping[str, Dims]) -> _Factor:
+def _product(a: Dims, b: Dims, core: Dims | None) -> _Product:
+    if core is None:
+        _agree(len(a) == 2 and len(b) >= 2 and a[1] == b[0], a, b)
+        return _Product(a[0], math.prod(b[1:]), b[2:], a[1], b[0])
+    _agree(len(a) == len(b) == 2 and len(core) >= 3 and core[:2] == (a[0], b[0]), core, b)
+    return _Product(a[1], b[1] * math.prod(core[2:]), core[2:], a[0], b[0])
+
+
+# --- LoKr ---------------------------------------------------------------------------------------------------------
+
+
+def _lokr_factor(which: str, dims: Mapping[str, Dims]) -> _Product:
     dense = dims.get(f"lokr_{which}")
     if dense is not None:
-        outputs, inputs = dense[0], _size(dense[1:])
-        return _Factor(outputs, inputs, dense[2:], min(outputs, inputs), 0)
-    a, b = dims[f"lokr_{which}_a"], dims[f"lokr_{which}_b"]
+        _agree(len(dense) >= 2 and (which == "w2" or math.prod(dense[2:]) == 1), dense, dense)
+        outputs, inputs = dense[0], math.prod(dense[1:])
+        return _Product(outputs, inputs, dense[2:], min(outputs, inputs), 0)
     core = dims.get("lokr_t2") if which == "w2" else None
-    if core is not None:
-        return _Factor(a[1], b[1] * _size(core[2:]), core[2:], a[0], b[0])
-    _agree(a[1] == b[0], a, b)
-    outputs, inputs = a[0], _size(b[1:])
-    return _Factor(outputs, inputs, b[2:], min(a[1], outputs, inputs), b[0])
+    found = _product(dims[f"lokr_{which}_a"], dims[f"lokr_{which}_b"], core)
+    return found._replace(rank=min(found.rank, found.outputs, found.inputs))
 
 
 def _lokr_form(dims: Mapping[str, Dims]) -> Form:
@@ -184,8 +221,6 @@ def _lokr_form(dims: Mapping[str, Dims]) -> Form:
 
 
 def _lokr_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    import torch
-
     sides = []
     for which in ("w1", "w2"):
         dense = tensors.get(f"lokr_{which}")
@@ -196,7 +231,13 @@ def _lokr_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         up, down = _tucker(core, tensors[f"lokr_{which}_a"], tensors[f"lokr_{which}_b"])
         sides.append((up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else _cheapest(up @ down))
     (up1, down1), (up2, down2) = sides
-    return torch.kron(up1.contiguous(), up2.contiguous()), torch.kron(down1.contiguous(), down2.contiguous())
+    return _kron(up1, up2), _kron(down1, down2)
+
+
+def _kron(left: Tensor, right: Tensor) -> Tensor:
+    """The Kronecker product of two matrices; torch.kron fails on transposed matrices of one column."""
+    product = left[:, None, :, None] * right[None, :, None, :]
+    return product.reshape(left.shape[0] * right.shape[0], -1)
 
 
 def _cheapest(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,13 +248,6 @@ def _cheapest(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if columns <= rows:
         return matrix, torch.eye(columns, dtype=matrix.dtype)
     return torch.eye(rows, dtype=matrix.dtype), matrix
-
-
-def _size(dims: Dims) -> int:
-    total = 1
-    for dim in dims:
-        total *= dim
-    return total
 
 
 def _agree(condition: bool, up: Dims, down: Dims) -> None:
@@ -228,7 +262,7 @@ FAMILIES = (
     Family("loha", frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}), _loha_form, _loha_factors),
     Family("lokr", frozenset(), _lokr_form, _lokr_factors),
 )
-_ALL_ROLES = frozenset(
+FACTOR_ROLES = frozenset(
     """down up mid down_t up_t embedding_down embedding_up hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1
     hada_t2 lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2""".split()
 )

@@ -58,9 +58,14 @@ _COMPILED = [(re.compile(pattern), kind) for pattern, kind in _KEYS]
 _MUTATED = ("pissa", "olora", "corda", "lora_ga", "loraga")
 
 
+def declared_type(config: Mapping[str, Any] | None) -> str:
+    """The configuration's peft_type as a word in capitals; empty where there is none."""
+    return re.sub(r"\W+", "_", str((config or {}).get("peft_type") or "").upper(), flags=re.ASCII)[:40]
+
+
 def foreign_type(config: Mapping[str, Any] | None, keys: Iterable[str]) -> str | None:
     """The adapter type, in PEFT's spelling, of something that is not low-rank; None where it is or may be."""
-    declared = str((config or {}).get("peft_type") or "").upper()
+    declared = declared_type(config)
     if declared and declared not in _MERGEABLE_TYPES:
         return declared
     for key in keys:

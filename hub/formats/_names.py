@@ -7,9 +7,18 @@ modules carry no prefix. So files of different trainers meet under one name.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _UNET_ROOTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
-_TRANSFORMER_ROOTS = ("transformer_blocks.", "single_transformer_blocks.", "double_blocks.", "single_blocks.")
+_TRANSFORMER_ROOTS = (
+    "transformer_blocks.", "single_transformer_blocks.", "double_blocks.", "single_blocks.", "img_in", "txt_in",
+    "time_in.", "vector_in.", "guidance_in.", "final_layer.",
+)  # fmt: skip
+
+_LANGUAGE = tuple(
+    f"transformer.{part}" for part in ("h.", "wte", "wpe", "ln_f", "layer.", "encoder.", "word_embeddings")
+)
+_COMPONENTS = re.compile(r"(unet|transformer|prior|text_encoder(_[23])?)\.")
 
 # kohya's prefixes -> component
 _FLAT_PREFIXES = (
@@ -33,6 +42,7 @@ _SEGMENTS = sorted(
     out_proj in_layers out_layers emb_layers skip_connection img_attn txt_attn img_mlp txt_mlp img_mod txt_mod
     text_projection token_embedding position_embedding embedding_manager final_layer guidance_in vector_in time_in
     img_in txt_in in_layer out_layer cross_attn context_embedder x_embedder to_qkv to_kv time_text_embed
+    adaLN_modulation
     timestep_embedder guidance_embedder text_embedder wi_0 wi_1 norm_out layer_norm1 layer_norm2 final_layer_norm
     """.split(),
     key=len,
@@ -46,6 +56,12 @@ def strip_peft(name: str) -> str:
     return name.removeprefix("base_model.model.").removeprefix("base_model.")
 
 
+def component(name: str) -> str:
+    """The component of a diffusion pipeline that a canonical name begins with; empty for a language model's name."""
+    found = _COMPONENTS.match(name)
+    return found[1] if found and not name.startswith(_LANGUAGE) else ""
+
+
 def with_component(name: str) -> str:
     """A diffusion model's bare path with its component in front; other names as they are."""
     if name.startswith(_UNET_ROOTS):
@@ -57,10 +73,22 @@ def with_component(name: str) -> str:
     return name
 
 
+def with_components(names: Iterable[str]) -> dict[str, str]:
+    """The names of one model's modules with its component in front, which some of them betray for all."""
+    found = {name: with_component(name) for name in names}
+    betrayed = {new.partition(".")[0] for name, new in found.items() if new != name}
+    if len(betrayed) != 1:
+        return found
+    front = betrayed.pop()
+    return {name: new if _COMPONENTS.match(new) else f"{front}.{new}" for name, new in found.items()}
+
+
 def modern(name: str) -> str:
     """An old diffusers path (attention processors) under today's module names."""
-    name = name.replace(".processor.", ".")
-    return re.sub(r"\.to_out$", ".to_out.0", re.sub(r"\.to_(q|k|v|out)_lora$", r".to_\1", name))
+    name = re.sub(r"\.to_(q|k|v|out)_lora$", r".to_\1", name.replace(".processor.", "."))
+    if ".self_attn.to_" in name:  # of a text encoder
+        return re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
+    return re.sub(r"\.to_out$", ".to_out.0", name)
 
 
 def unflatten(name: str) -> str | None:
@@ -71,7 +99,7 @@ def unflatten(name: str) -> str | None:
     for prefix, component in _FLAT_PREFIXES:
         if name.startswith(prefix):
             path = ".".join(_SEGMENT.findall(name[len(prefix) :]))
-            return f"{component}.{path}"
+            return f"{'transformer' if path.startswith(_TRANSFORMER_ROOTS) else component}.{path}"
     return None
 
 

@@ -7,14 +7,15 @@ and at the same rank. Parts are what adapters of different trainers have in comm
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """A canonical module and the rows of the fused `up` that are its own (None: all)."""
+    """A canonical module and the rows of `up` that are its own, in its order (None: all, as they are)."""
 
     name: str
-    rows: slice | None = None
+    rows: Sequence[int] | None = None
 
 
 _RESNET = {
@@ -25,6 +26,7 @@ _RESNET = {
 }
 _BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)")
 _MIDDLE = re.compile(r"middle_block\.(\d)\.(.+)")
+SD_ROOTS = ("input_blocks.", "output_blocks.", "middle_block.", "time_embed.", "label_emb.", "out.")
 _LAYERS = 2  # residual blocks a level, in every Stable Diffusion UNet
 
 
@@ -39,8 +41,6 @@ def sd_unet(path: str) -> str:
         return _stem(path)
     side, index, slot, rest = block[1], int(block[2]), int(block[3]), block[4]
     if side == "input_blocks":
-        if index == 0:
-            return "conv_in"
         level, layer = divmod(index - 1, _LAYERS + 1)
         if rest == "op":
             return f"down_blocks.{level}.downsamplers.0.conv"
@@ -59,6 +59,7 @@ def _resnet(rest: str) -> str:
 
 def _stem(path: str) -> str:
     table = {
+        "input_blocks.0.0": "conv_in",
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
         "label_emb.0.0": "add_embedding.linear_1",
@@ -80,12 +81,22 @@ _DOUBLE = {
     "proj_lora1": "attn.to_out.0",  # the xlabs trainer: 1 is the image stream, 2 the text stream
     "proj_lora2": "attn.to_add_out",
 }
-_FUSED = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "qkv_lora1": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "qkv_lora2": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+_ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v")
+_TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+_DOUBLE_FUSED: dict[str, tuple[str, ...]] = {
+    "img_attn.qkv": _ATTENTION,
+    "txt_attn.qkv": _TEXT_ATTENTION,
+    "qkv_lora1": _ATTENTION,
+    "qkv_lora2": _TEXT_ATTENTION,
 }
+_SINGLE = {"linear2": "proj_out", "proj": "proj_out", "modulation.lin": "norm.linear"}
+# xlabs adapts the attention's rows alone
+_SINGLE_FUSED: dict[str, tuple[str, ...]] = {"linear1": (*_ATTENTION, "proj_mlp"), "qkv": _ATTENTION}
+_FLUX_KINDS = {
+    "double_blocks": ("transformer_blocks", _DOUBLE, _DOUBLE_FUSED),
+    "single_blocks": ("single_transformer_blocks", _SINGLE, _SINGLE_FUSED),
+}
+_LAST_MODULATION = "final_layer.adaLN_modulation.1"
 _FLUX_STEM = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -96,6 +107,7 @@ _FLUX_STEM = {
     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
     "final_layer.linear": "proj_out",
+    _LAST_MODULATION: "norm_out.linear",
 }
 _FLUX_BLOCK = re.compile(r"(double_blocks|single_blocks)\.(\d+)\.(?:processor\.)?(.+)")
 
@@ -104,35 +116,37 @@ def flux(path: str, outputs: int) -> list[Part]:
     """A FLUX path of the original checkpoint as diffusers' modules; several where the original fuses them."""
     block = _FLUX_BLOCK.fullmatch(path)
     if not block:
-        return [Part(_FLUX_STEM.get(path, path))]
-    index, rest = block[2], block[3]
-    if block[1] == "double_blocks":
-        where = f"transformer_blocks.{index}"
-        if rest in _FUSED:
-            return _cut(where, _FUSED[rest], [outputs // 3] * 3)
-        return [Part(f"{where}.{_DOUBLE.get(rest, rest)}")]
-    where = f"single_transformer_blocks.{index}"
-    if rest == "linear1":  # query, key, value and the four times wider input of the MLP
-        width = outputs // 7
-        return _cut(where, ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), [width, width, width, 4 * width])
-    if rest == "qkv":  # the xlabs trainer adapts the attention rows alone
-        return _cut(where, ("attn.to_q", "attn.to_k", "attn.to_v"), [outputs // 3] * 3)
-    names = {"linear2": "proj_out", "proj": "proj_out", "modulation.lin": "norm.linear"}
+        half = outputs // 2  # diffusers swaps the halves of the last modulation, shift and scale
+        swapped = [*range(half, outputs), *range(half)] if path == _LAST_MODULATION else None
+        return [Part(_FLUX_STEM.get(path, path), swapped)]
+    folder, names, fused = _FLUX_KINDS[block[1]]
+    where, rest = f"{folder}.{block[2]}", block[3]
+    if rest in fused and (cut := _cut(where, fused[rest], outputs)):
+        return cut
+    layer, _, number = rest.rpartition(".")  # OneTrainer writes fused layers in parts: img_attn.qkv.0
+    if number.isdecimal() and int(number) < len(fused.get(layer, ())):
+        return [Part(f"{where}.{fused[layer][int(number)]}")]
     return [Part(f"{where}.{names.get(rest, rest)}")]
 
 
-def _cut(where: str, names: tuple[str, ...], sizes: list[int]) -> list[Part]:
-    stops = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+def _cut(where: str, names: tuple[str, ...], outputs: int) -> list[Part]:
+    """The rows of each part; empty where they cannot be told, because the rows do not divide."""
+    shares = [4 if name == "proj_mlp" else 1 for name in names]  # the MLP of a single block is four times as wide
+    unit, rest = divmod(outputs, sum(shares))
+    stops = [unit * sum(shares[: index + 1]) for index in range(len(shares))]
     return [
-        Part(f"{where}.{name}", slice(stop - size, stop)) for name, size, stop in zip(names, sizes, stops, strict=True)
+        Part(f"{where}.{name}", range(stop - unit * share, stop))
+        for name, share, stop in zip(names, shares, stops, strict=True)
+        if not rest
     ]
 
 
 def parts(name: str, outputs: int) -> list[Part]:
     """The canonical modules behind a canonical-looking name that may still follow an original checkpoint."""
     component, _, path = name.partition(".")
-    if path.startswith(("double_blocks.", "single_blocks.")) or (component == "transformer" and path in _FLUX_STEM):
+    flux_path = path.startswith(("double_blocks.", "single_blocks.")) or path in _FLUX_STEM
+    if flux_path and component in {"transformer", "unet"}:  # kohya says unet of every image model
         return [Part(f"transformer.{part.name}", part.rows) for part in flux(path, outputs)]
-    if component == "unet" and path.startswith(("input_blocks.", "output_blocks.", "middle_block.", "time_embed.")):
+    if component == "unet" and path.startswith(SD_ROOTS):
         return [Part(f"unet.{sd_unet(path)}")]
     return [Part(name)]

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from ..source import Source
 from ._names import with_component
+from ._native import SD_ROOTS
 from ._roles import Claim, split
 
 _PREFIXES = ("diffusion_model.", "model.diffusion_model.")
@@ -25,7 +26,7 @@ def _canonical(module: str) -> str:
     """The path under `unet.` for Stable Diffusion's blocks, under `transformer.` for everything newer."""
     for prefix in _PREFIXES:
         module = module.removeprefix(prefix)
-    if module.startswith(("input_blocks.", "output_blocks.", "middle_block.", "time_embed.", "label_emb.")):
+    if module.startswith(SD_ROOTS):
         return f"unet.{module}"
     named = with_component(module)
     return named if named != module else f"transformer.{module}"

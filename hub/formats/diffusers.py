@@ -9,9 +9,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import IncompatibleAdapters
+from ..errors import FormatError, IncompatibleAdapters
 from ..source import Source
-from ._names import modern, strip_peft, with_component
+from ._names import component, modern, strip_peft, with_component
+from ._patterns import Patterns, number, table
 from ._roles import Claim, split
 from .peft import configuration
 
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
 
 METADATA_KEY = "lora_adapter_metadata"
-_COMPONENT = re.compile(r"(unet|text_encoder(_[23])?|prior|transformer(?=\.\w*blocks|\.layers|\.x_embedder|\.proj_))\.")
+_COMPONENT = re.compile(
+    r"(unet|text_encoder(_[23])?|prior"
+    r"|transformer(?=\.(\w*blocks|layers|\w+_embed(der)?\b|norm_out|proj_|final_layer|(img|txt|time|vector|guidance)_in)))\."
+)
+_CLIP = re.compile(r"^(text_encoder(?:_2)?\.)(?=encoder\.layers\.|embeddings\.)")  # as newer transformers flatten it
 _BARE = re.compile(r"(down_blocks|up_blocks|mid_block|transformer_blocks|single_transformer_blocks|text_model)\.")
 _XLABS = re.compile(r"(double|single)_blocks\.\d+\.processor\.")
 
@@ -48,27 +53,41 @@ def names(modules: Collection[str]) -> dict[str, str]:
 
 def _canonical(module: str) -> str:
     """Today's path with its component."""
-    return with_component(strip_peft(modern(module)))
+    return _CLIP.sub(r"\1text_model.", with_component(strip_peft(modern(module))))
 
 
 def scale(source: Source, module: str, rank: int) -> float | None:
-    """alpha/r from the header's adapter metadata; without it alpha equals the rank."""
-    text = source.metadata.get(METADATA_KEY)
-    if not text:
+    """alpha/r from the header's adapter metadata; without it alpha equals the rank.
+
+    Raises FormatError for metadata that make no sense.
+    """
+    where = f"{source.path}: {METADATA_KEY}"
+    part, _, path = _canonical(module).partition(".")
+    settings = _settings(source)
+    if part not in source.memo:
+        patterns = table(settings.get(f"{part}.alpha_pattern"), f"{where}'s alpha_pattern")
+        source.memo[part] = Patterns(patterns, f"{where}'s alpha_pattern", len(source.tensors))
+    alpha = source.memo[part].value(path)
+    if alpha is None:
+        alpha = settings.get(f"{part}.lora_alpha")
+    if alpha is None:
         return 1.0
-    try:
-        table = json.loads(text)
-    except ValueError:
-        return 1.0
-    component, _, path = _canonical(module).partition(".")
-    alpha = table.get(f"{component}.lora_alpha")
-    for key, value in (table.get(f"{component}.alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            alpha = value
-            break
-    if not isinstance(alpha, (int, float)):
-        return 1.0
-    return float(alpha) / (math.sqrt(rank) if table.get(f"{component}.use_rslora") else rank)
+    value = number(alpha, f"{where}'s alpha of {path}")
+    return value / (math.sqrt(rank) if settings.get(f"{part}.use_rslora") else rank)
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    """The adapters' configurations that diffusers keeps in the header, their keys led by the component."""
+    if METADATA_KEY not in source.memo:
+        try:
+            settings = json.loads(source.metadata.get(METADATA_KEY) or "{}")
+        except (ValueError, RecursionError) as error:
+            raise FormatError(
+                f"{source.path}: its {METADATA_KEY} is no JSON ({error}); the header is damaged"
+            ) from None
+        source.memo[METADATA_KEY] = table(settings, f"{source.path}: {METADATA_KEY}")
+    found: dict[str, Any] = source.memo[METADATA_KEY]
+    return found
 
 
 def write(adapter: Adapter, path: Path) -> None:
@@ -80,7 +99,7 @@ def write(adapter: Adapter, path: Path) -> None:
 
     pieces: list[Piece] = []
     for name, shape in adapter.shapes.items():
-        if not re.match(r"(unet|transformer|text_encoder(_[23])?|prior)\.", name) or shape.embedding:
+        if not component(name) or shape.embedding:
             raise IncompatibleAdapters(
                 f"{adapter.name}: {name} lies in no component of a diffusion pipeline: write --to peft"
             )
@@ -96,10 +115,10 @@ def write(adapter: Adapter, path: Path) -> None:
 
 def _metadata(adapter: Adapter) -> dict[str, Any]:
     table: dict[str, Any] = {}
-    for component in sorted({name.split(".")[0] for name in adapter.shapes}):
-        prefix = f"{component}."
-        part = _Part(adapter, prefix)
-        table |= {f"{prefix}{key}": value for key, value in configuration(part, prefix).items()}  # type: ignore[arg-type]
+    for part in sorted({name.split(".")[0] for name in adapter.shapes}):
+        prefix = f"{part}."
+        settings = configuration(_Part(adapter, prefix))  # type: ignore[arg-type]
+        table |= {f"{prefix}{key}": value for key, value in settings.items()}
     return table
 
 
@@ -109,4 +128,9 @@ class _Part:
     def __init__(self, adapter: Adapter, prefix: str) -> None:
         self.meta: dict[str, Any] = {}
         self.base = adapter.base
-        self.shapes = {name: shape for name, shape in adapter.shapes.items() if name.startswith(prefix)}
+        # PEFT takes the end of a path for the path, and newer text encoders have no text_model in theirs
+        self.shapes = {
+            name.removeprefix(prefix).removeprefix("text_model."): shape
+            for name, shape in adapter.shapes.items()
+            if name.startswith(prefix)
+        }

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from ..source import Source
 from ._names import with_component
+from ._patterns import number, table
 from ._roles import Claim, split
 
 
@@ -26,7 +27,7 @@ def _canonical(module: str) -> str:
 
 
 def scale(source: Source, module: str, rank: int) -> float | None:
-    """`lora_parameters.scale` of the configuration; unknown without one."""
-    parameters = (source.config or {}).get("lora_parameters") or {}
-    value = parameters.get("scale") if isinstance(parameters, dict) else None
-    return float(value) if isinstance(value, (int, float)) else None
+    """`lora_parameters.scale` of the configuration; unknown without one. Raises FormatError for what is no number."""
+    where = f"{source.path}: lora_parameters"
+    value = table((source.config or {}).get("lora_parameters"), where).get("scale")
+    return None if value is None else number(value, f"{where}.scale")

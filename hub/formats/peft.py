@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import IncompatibleAdapters
 from ..source import CONFIG_FILE, Source
-from ._names import strip_peft, with_component
+from ._foreign import declared_type
+from ._names import component, strip_peft, with_components
+from ._patterns import Patterns, number, table
 from ._roles import Claim, split
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..adapter import Adapter
-
-COMPONENTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "prior.")
 
 
 def claim(key: str, source: Source) -> Claim | None:
@@ -37,37 +37,37 @@ def claim(key: str, source: Source) -> Claim | None:
 
 def names(modules: Collection[str]) -> dict[str, str]:
     """Canonical names of the file's modules."""
-    return {module: _canonical(module) for module in modules}
-
-
-def _canonical(module: str) -> str:
-    """The module's path in the base model."""
-    return with_component(strip_peft(module))
+    named = with_components({strip_peft(module) for module in modules})
+    return {module: named[strip_peft(module)] for module in modules}
 
 
 def scale(source: Source, module: str, rank: int) -> float | None:
-    """alpha/r or alpha/sqrt(r) by the configuration's patterns; None where there is no configuration."""
+    """alpha/r or alpha/sqrt(r) by the configuration's patterns; None where there is no configuration.
+
+    `rank` 0 stands for a module whose tensors do not tell it: the configuration's r holds. Raises FormatError for a
+    configuration that makes no sense.
+    """
     config = source.config
     if config is None:
         return None
     path = strip_peft(module)
-    if str(config.get("peft_type", "LORA")).upper() == "LORA":
-        alpha, default = "lora_alpha", rank
-    else:
-        alpha, default = "alpha", rank
-    value = _pattern(config.get("alpha_pattern"), path, config.get(alpha))
-    if value is None:
-        value = default
-    divisor = rank or 1
-    return float(value) / (math.sqrt(divisor) if config.get("use_rslora") else divisor)
+    name = "lora_alpha" if declared_type(config) in {"", "LORA"} else "alpha"
+    alpha = _patterned(source, "alpha_pattern", path, name)
+    divisor = rank or number(_patterned(source, "rank_pattern", path, "r"), f"{source.path}: r") or 1
+    if alpha is None:
+        return 1.0
+    value = number(alpha, f"{source.path}: {name} of {path}")
+    return value / (math.sqrt(divisor) if config.get("use_rslora") else divisor)
 
 
-def _pattern(patterns: Any, path: str, default: Any) -> Any:
-    """PEFT's rule: keys are regular expressions for the end of the path, the first match wins."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+def _patterned(source: Source, pattern: str, path: str, default: str) -> Any:
+    """A setting for a module: by the first pattern that fits its path, or else for all alike."""
+    config: Mapping[str, Any] = source.config or {}
+    if pattern not in source.memo:
+        where = f"{source.path}: {pattern}"
+        source.memo[pattern] = Patterns(table(config.get(pattern), where), where, len(source.tensors))
+    found = source.memo[pattern].value(path)
+    return config.get(default) if found is None else found
 
 
 def write(adapter: Adapter, path: Path) -> None:
@@ -106,7 +106,12 @@ def configuration(adapter: Adapter, prefix: str = "") -> dict[str, Any]:
     shapes = {name.removeprefix(prefix): shape for name, shape in adapter.shapes.items()}
     ranks = {name: shape.rank for name, shape in shapes.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    pattern = {re.escape(name): rank for name, rank in sorted(ranks.items()) if rank != usual}
+    # PEFT takes any end of a path for a match: where one name ends another, only anchored expressions tell them apart
+    ends = {name[at + 1 :] for name in ranks for at, sign in enumerate(name) if sign == "."}
+    anchored = bool(ends & ranks.keys())
+    start = "^" if anchored else ""
+    pattern = {start + re.escape(name): rank for name, rank in sorted(ranks.items()) if rank != usual}
+    targets = "|".join(map(re.escape, sorted(ranks))) if anchored else sorted(ranks)
     kept = {key: origin[key] for key in ("task_type", "fan_in_fan_out", "modules_to_save", "revision") if key in origin}
     return {
         "peft_type": "LORA",
@@ -123,20 +128,18 @@ def configuration(adapter: Adapter, prefix: str = "") -> dict[str, Any]:
         "r": usual,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": sorted(ranks),
+        "target_modules": targets,
         "use_dora": False,
         "use_rslora": False,
     }
 
 
 def _component(adapter: Adapter) -> str:
-    found = {next((c for c in COMPONENTS if name.startswith(c)), "") for name in adapter.shapes}
-    # "transformer.h.0" is GPT-2's own path, not a pipeline's component
-    if any(name.startswith(("transformer.h.", "transformer.wte", "transformer.wpe")) for name in adapter.shapes):
-        found = {part for part in found if part != "transformer."} | {""}
+    """What all names begin with: a pipeline's component and a dot, or nothing."""
+    found = {component(name) for name in adapter.shapes}
     if len(found) > 1:
         raise IncompatibleAdapters(
-            f"{adapter.name}: adapts {', '.join(sorted(part.rstrip('.') for part in found))}; "
+            f"{adapter.name}: adapts {', '.join(part or 'a language model' for part in sorted(found))}; "
             "a PEFT directory holds one model: write --to diffusers or --to kohya"
         )
-    return found.pop() if found else ""
+    return "".join(f"{part}." for part in found if part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...hub.adapter import Adapter
-from ...hub.lowrank import LowRank, Shape, concat
+from ...hub.lowrank import LowRank, Shape, check_limits, concat
 from ..align import by_module
 
 
@@ -17,6 +17,7 @@ def exact(
     rank: the largest rank of any module of the result. energy: the share of each module's squared norm to keep.
     Without either the ranks add up. Truncation is optimal (Eckart and Young), by QR and a small SVD.
     """
+    check_limits(rank, energy)
 
     def combine(parts: list[LowRank], shares: list[float]) -> LowRank:
         total = concat(parts, shares)
