@@ -125,20 +125,23 @@ class LowRank:
         product = self.norm() * other.norm()
         return self.inner(other) / product if product else 0.0
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Thin SVD of the delta: (outputs, k), (k,), (k, inputs); k = min(rank, outputs, inputs).
+    def svd(self, rank: int | None = None, *, energy: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Thin SVD of the delta: (outputs, k), (k,), (k, inputs); k = min(rank, outputs, inputs), or fewer on demand.
 
-        QR of both factors and an SVD of the small core: Eckart and Young's optimum at rank-space cost. Signs are
-        fixed (the largest entry of each left vector is positive), so equal deltas give equal factors.
+        QR of both factors and an SVD of the small core: Eckart and Young's optimum at rank-space cost. Signs are fixed
+        (the largest entry of each left vector is positive), so equal deltas give equal factors. `rank` and `energy`
+        bound k as in `truncate`; vectors that are cut off are never made.
         """
         wide = self.wide()
-        left, left_core = torch.linalg.qr(wide.up)
-        right, right_core = torch.linalg.qr(wide.down.T)
-        u, values, vh = torch.linalg.svd(left_core @ right_core.T * wide.scale, full_matrices=False)
-        u, vh = left @ u, vh @ right.T
+        left, right = _Triangle.of(wide.up), _Triangle.of(wide.down.T)
+        u, values, vh = torch.linalg.svd(left.core @ right.core.T * wide.scale, full_matrices=False)
+        keep = min(rank or len(values), len(values))
+        if energy is not None:
+            keep = min(keep, _rank_for(values, energy))
+        u, v = left.lift(u[:, :keep]), right.lift(vh[:keep].T)
         peaks = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).squeeze(0)
         signs = torch.where(peaks < 0, -1.0, 1.0).to(u.dtype)
-        return u * signs, values, vh * signs[:, None]
+        return u * signs, values[:keep], v.T * signs[:, None]
 
     def truncate(self, rank: int | None = None, *, energy: float | None = None) -> LowRank:
         """The nearest delta of at most `rank`, or of the least rank that keeps the share `energy` of the squared norm.
@@ -147,16 +150,35 @@ class LowRank:
         scale 1). A rank above the present one changes the gauge only. Raises BadOption for values outside their range.
         """
         check_limits(rank, energy)
-        u, values, vh = self.svd()
-        keep = min(rank or len(values), len(values))
-        if energy is not None:
-            keep = min(keep, _rank_for(values, energy))
-        roots = values[:keep].sqrt()
-        return replace(self, up=u[:, :keep] * roots, down=vh[:keep] * roots[:, None], scale=1.0)
+        u, values, vh = self.svd(rank, energy=energy)
+        roots = values.sqrt()
+        return replace(self, up=u * roots, down=roots[:, None] * vh, scale=1.0)
 
     def _check_fits(self, other: LowRank) -> None:
         if not self.shape.fits(other.shape):
             raise IncompatibleAdapters(f"deltas of shapes {self.shape} and {other.shape} do not match")
+
+
+@dataclass(frozen=True, eq=False)
+class _Triangle:
+    """A QR factorisation whose orthogonal factor stays a product of reflections: half the work where few of its
+    columns are wanted. core: (min(rows, columns), columns)."""
+
+    reflections: Tensor
+    scales: Tensor
+    core: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> _Triangle:
+        packed, scales = torch.geqrf(matrix)
+        size = min(matrix.shape)
+        return cls(packed[:, :size], scales, packed[:size].triu())
+
+    def lift(self, vectors: Tensor) -> Tensor:
+        """The orthogonal factor times (size, k) vectors: (rows, k)."""
+        padded = vectors.new_zeros(self.reflections.shape[0], vectors.shape[1])
+        padded[: vectors.shape[0]] = vectors
+        return torch.ormqr(self.reflections, self.scales, padded)
 
 
 def check_limits(rank: int | None, energy: float | None) -> None:

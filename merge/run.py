@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..hub import plugins
@@ -58,12 +59,18 @@ def merge(
     function = plugins.load(METHODS, method)
     chosen = plugins.check_options(function, dict(given or {}))
     kept = united_extras(adapters, shares, extras)
-    combined = function(list(adapters), shares, **chosen)
+    adapters = [_remembering(adapter) for adapter in adapters]
+    combined = function(adapters, shares, **chosen)
     known = base or next((adapter.base for adapter in adapters if adapter.base), None)
     meta = {**united_meta(adapters), "name": f"{method} of {', '.join(adapter.name for adapter in adapters)}"}
     result = ready(replace(combined, base=known, extras=kept, meta=meta), dtype or _widest(adapters))
     report = Report()
     return Merged(_measured(result, adapters, shares, report), report)
+
+
+def _remembering(adapter: Adapter) -> Adapter:
+    """The adapter, with the module that was read last at hand: method and report read each one after the other."""
+    return replace(adapter, modules=LazyModules(adapter.shapes, lru_cache(maxsize=1)(adapter.modules.__getitem__)))
 
 
 def _measured(result: Adapter, adapters: Sequence[Adapter], weights: Sequence[float], report: Report) -> Adapter:
