@@ -1,13 +1,16 @@
 """How fast merging is: against PEFT's `svd` on one large module, and against the disk on adapters of a 7B model.
 
 (a) 8 adapters of rank 16 on one 4096 x 4096 linear layer (2048 x 2048 with --quick), merged to rank 16: lorahub's exact
-truncation and PEFT's `add_weighted_adapter(..., combination_type="svd", svd_rank=16)`, in one process on equal threads.
+truncation and PEFT's `add_weighted_adapter(..., combination_type="svd", svd_rank=16)`, in one process.
 Error: ||got - sum|| / ||sum|| with the sum multiplied out in float64.
 
 (b) 8 adapters of a 7B shape (224 modules: q, k, v, o, gate, up, down of 32 layers; rank 16; float16) from disk to disk:
 read, merge with its report, write, in a process of its own whose peak memory is told (imports counted in memory, not in
 time). `copy` merely reads the 8 files and writes as many bytes as the merge does. Every writer ends with fsync; files
 are in the page cache for all. --quick takes 2 layers.
+
+lorahub's rows run on one thread, where its thin factors are fastest; PEFT's on as many as --threads says, by default on
+all cores.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COUNT, RANK = 8, 16
+OUR_THREADS = 1
 WEIGHTS = [0.3, -0.2, 0.5, 0.1, 0.25, 0.4, -0.35, 0.15]
 MEMORY_BAR, SPEED_BAR = 1.5 * 2**30, 500
 SHAPES = {
@@ -134,7 +138,7 @@ def peft_rows(model: Any, repeats: int) -> list[tuple[Row, Tensor]]:
     return rows
 
 
-def one_module(size: int, seed: int, peft_repeats: int) -> list[Row]:
+def one_module(size: int, seed: int, peft_repeats: int, peft_threads: int) -> list[Row]:
     """Rows of part (a)."""
     model = peft_model(size, seed)
     adapters = held_by(model.base_model.model.layer)
@@ -142,7 +146,10 @@ def one_module(size: int, seed: int, peft_repeats: int) -> list[Row]:
     for one, weight in zip(adapters, WEIGHTS, strict=True):
         part = one.modules["layer"]
         total = total + weight * part.scale * (part.up.double() @ part.down.double())
-    found = [*our_rows(adapters, 15), *peft_rows(model, peft_repeats)]
+    limit_threads(OUR_THREADS)
+    found = our_rows(adapters, 15)
+    limit_threads(peft_threads)
+    found += peft_rows(model, peft_repeats)
     return [{**row, "error": float((delta.double() - total).norm() / total.norm())} for row, delta in found]
 
 
@@ -200,7 +207,7 @@ def copy_files(room: Path, size: int) -> float:
 
 def child(room: Path, job: dict[str, Any]) -> None:
     """One measurement in this process; prints JSON."""
-    limit_threads(job["threads"])
+    limit_threads(OUR_THREADS)
     if job["copy"] is not None:
         outcome: Row = {"seconds": copy_files(room, job["copy"])}
     else:
@@ -229,7 +236,7 @@ def in_child(room: Path, repeats: int, **job: Any) -> Row:
     return {**runs[len(runs) // 2], "peak_bytes": max(run["peak_bytes"] for run in runs)}
 
 
-def disk_to_disk(layers: int, seed: int, repeats: int, threads: int) -> list[Row]:
+def disk_to_disk(layers: int, seed: int, repeats: int) -> list[Row]:
     """Rows of part (b): each merge after a copy of the same bytes."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -237,9 +244,9 @@ def disk_to_disk(layers: int, seed: int, repeats: int, threads: int) -> list[Row
         write_inputs(room, layers, seed)
         os.sync()
         for name, given in (("merge, ranks add up", {}), (f"merge, rank={RANK}", {"rank": RANK})):
-            row = in_child(room, repeats, given=given, threads=threads)
+            row = in_child(room, repeats, given=given)
             size = (room / "merged" / "adapter_model.safetensors").stat().st_size
-            copied = in_child(room, repeats, copy=size, threads=threads)
+            copied = in_child(room, repeats, copy=size)
             rows.append({"row": f"copy of {size / 2**20:.0f} MiB", "written_bytes": size, **copied, "times_copy": 1.0})
             rows.append({"row": name, "written_bytes": size, **row, "times_copy": row["seconds"] / copied["seconds"]})
     return rows
@@ -280,12 +287,12 @@ def measure(arguments: argparse.Namespace) -> Row:
     size, layers = (2048, 2) if arguments.quick else (4096, 32)
     modules, files = [], []
     for seed in range(arguments.seeds):
-        files.append(disk_to_disk(layers, seed, 1 if arguments.quick else 3, arguments.threads))
-        modules.append(one_module(size, seed, 1))
+        files.append(disk_to_disk(layers, seed, 1 if arguments.quick else 3))
+        modules.append(one_module(size, seed, 1, arguments.threads))
     table = [median_row(rows) for rows in zip(*modules, strict=True)]
     theirs = next(row["seconds"] for row in table if row["row"] == "PEFT svd")
     return {
-        "threads": arguments.threads,
+        "threads": {"lorahub": OUR_THREADS, "PEFT": arguments.threads},
         "size": size,
         "layers": layers,
         "modules": [{**row, "times_faster": theirs / row["seconds"]} for row in table],
@@ -307,7 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2048 x 2048 and 2 layers")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch's threads, for every row")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch's threads for PEFT's rows")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--room", type=Path, help=argparse.SUPPRESS)
@@ -316,11 +323,12 @@ def main() -> None:
         child(arguments.room, json.loads(arguments.child))
         return
     warnings.filterwarnings("ignore")
-    # as the command line does, for every row: threads that spin while they wait ruin all times on a busy machine
+    # for every row: threads that spin while they wait ruin all times on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    limit_threads(arguments.threads)
     result = measure(arguments)
-    print(f"torch on {arguments.threads} threads, OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}\n")
+    print(
+        f"threads: lorahub {OUR_THREADS}, PEFT {arguments.threads}; OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}\n"
+    )
     print_modules(result["modules"], result["size"])
     print_files(result["files"], result["layers"])
     if arguments.json:

@@ -8,6 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
 
 from ..hub.lowrank import LowRank, concat
 
@@ -67,11 +71,13 @@ class Report:
         """Compare one module of the result, as it will be stored, with the exact sum of its inputs."""
         target = concat(parts, weights)
         self.ranks[name] = result.rank
+        products = _products(target, result)
+        whole, edges = target.rank, [0, *accumulate(part.rank for part in parts)]
         self._sums[name] = _Sums(
-            target=target.inner(target),
-            result=result.inner(result),
-            inner=target.inner(result),
-            inputs=sum((weight * part.norm()) ** 2 for part, weight in zip(parts, weights, strict=True)),
+            target=float(products[:whole, :whole].sum()),
+            result=float(products[whole:, whole:].sum()),
+            inner=float(products[:whole, whole:].sum()),
+            inputs=sum(float(products[i:j, i:j].sum()) for i, j in pairwise(edges)),
         )
 
     @property
@@ -86,3 +92,14 @@ class Report:
         for sums in self._sums.values():
             whole.add(sums)
         return whole.fidelity()
+
+
+def _products(target: LowRank, result: LowRank) -> Tensor:
+    """Inner products of all rank-one terms of both deltas, in float64: (ranks, ranks), the target's first.
+
+    Sums over its blocks are the deltas' inner products; one Gram matrix a side serves them all.
+    """
+    folded = result.folded()
+    up = torch.cat([target.up.double(), folded.up.double()], dim=1)
+    down = torch.cat([target.down.double(), folded.down.double()])
+    return (up.T @ up) * (down @ down.T)

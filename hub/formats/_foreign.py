@@ -26,6 +26,7 @@ _TYPES = {
     "PREFIX_TUNING": "prefix tuning learns keys and values, not a change of weights",
     "LN_TUNING": "LN tuning trains normalisation layers, which are not low-rank",
     "FINEGATES": "FineGates multiplies rows and columns of the base's weights",
+    "GLORA": "GLoRA multiplies the base's weights: its effect depends on the base",
     "POLY": "Poly routes between several LoRAs at run time",
     "XLORA": "X-LoRA routes between several LoRAs at run time",
     "CPT": "CPT learns input vectors, not a change of weights",
@@ -50,6 +51,8 @@ _KEYS: tuple[tuple[str, str], ...] = (
     (r"\.finegates_", "FINEGATES"),
     (r"^prompt_embeddings$", "PROMPT_TUNING"),
     (r"\.lora_E(\.|$)", "ADALORA"),
+    (r"^(lora|lycoris)_\w+\.[ab][12]\.weight$", "GLORA"),
+    (r"^(lora|lycoris)_\w+\.on_input$", "IA3"),
     (r"\.(w_norm|b_norm)$", "LN_TUNING"),
 )
 _COMPILED = [(re.compile(pattern), kind) for pattern, kind in _KEYS]

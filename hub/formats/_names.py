@@ -111,7 +111,7 @@ def flatten(name: str, text_encoders: int = 1) -> str | None:
     component, _, path = name.partition(".")
     prefixes = {
         "unet": "lora_unet_",
-        "text_encoder": "lora_te_" if text_encoders == 1 else "lora_te1_",
+        "text_encoder": "lora_te_" if text_encoders < 2 else "lora_te1_",
         "text_encoder_2": "lora_te2_",
         "text_encoder_3": "lora_te3_",
         "transformer": "lora_transformer_",

@@ -47,7 +47,9 @@ def write(adapter: Adapter, path: Path) -> None:
 
     from ..writing import Piece, store
 
-    encoders = len({name.split(".")[0] for name in adapter.shapes if name.startswith("text_encoder")}) or 1
+    parts = {name.split(".")[0] for name in adapter.shapes}
+    # Stable Diffusion's only text encoder is te; where there are several, as beside a transformer, they have numbers
+    encoders = 2 if "transformer" in parts else len({part for part in parts if part.startswith("text_encoder")})
     pieces: list[Piece] = []
     alphas = {}
     for name, shape in adapter.shapes.items():
