@@ -76,7 +76,7 @@ def _print_added(results: list[Added]) -> None:
 def _exit_if_nothing(results: list[Added]) -> None:
     """Exit 1 (4 where all were refused for safety) if every file offered was rejected."""
     if results and all(result.status == "rejected" for result in results):
-        unsafe = all("pickle" in (result.reason or "") for result in results)
+        unsafe = all("--allow-pickle" in (result.reason or "") for result in results)
         raise typer.Exit(4 if unsafe else 1)
 
 

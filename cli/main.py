@@ -66,7 +66,9 @@ def run() -> None:
     try:
         app()
     except LoraHubError as error:
-        typer.echo(f"lorahub: {' '.join(str(error).split())}", err=True)
+        from .show import note
+
+        note(f"lorahub: {' '.join(str(error).split())}")
         sys.exit(error.exit_code)
 
 

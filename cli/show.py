@@ -42,6 +42,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     console.print(grid)
 
 
+def printable(text: str) -> str:
+    """Text without the characters that would command a terminal: a file's own words may hold any."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in text)
+
+
 def cell(value: object) -> str:
     """A value as a person reads it."""
     if value is None:
@@ -52,7 +57,7 @@ def cell(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(cell(item) for item in value) or "-"
-    return str(value)
+    return printable(str(value))
 
 
 def fields(data: Mapping[str, object]) -> None:
@@ -65,12 +70,12 @@ def fields(data: Mapping[str, object]) -> None:
 
 def line(text: str = "") -> None:
     """Print a line of results."""
-    typer.echo(text)
+    typer.echo(printable(text))
 
 
 def note(text: str) -> None:
     """Print a remark on stderr, where it disturbs no pipe."""
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
 
 
 @contextmanager

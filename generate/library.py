@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 Vectors = NDArray[np.float32]
 # Cosine from which on a description counts as close. On the example library the worst of 66 paraphrases reaches 0.32 to
-# its nearest expert, wishes for something else entirely reach 0.31 at most (few were tried; the margin is thin). The library's own descriptions are no measure for
-# it: written in one style, they are far nearer to one another (0.43 and above) than a user's words to any of them.
+# its nearest expert, wishes for something else entirely 0.31 at most (few were tried; the margin is thin). The
+# library's own descriptions are no measure for it: written in one style, they are far nearer to one another (0.43 and
+# above) than a user's words to any of them.
 CLOSE = 0.32
 
 
