@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/lorahub demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: $(STAMP)
 	$(BIN)/ruff check .
