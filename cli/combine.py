@@ -12,7 +12,7 @@ import typer
 
 from ..merge.card import Ingredient, card, record
 from . import options
-from .settings import open_catalog
+from .settings import algebra_on_one_thread, open_catalog
 
 if TYPE_CHECKING:
     from ..merge.run import Merged
@@ -46,6 +46,7 @@ def merge(
     from .make import dtype_of, fitting_format, remember
     from .refs import find, load, weights_of
 
+    algebra_on_one_thread()
     names, weights = weights_of(refs, weight or [])
     given: dict[str, Any] = options.pairs(option)
     given |= {key: value for key, value in (("rank", rank), ("energy", energy)) if value is not None}

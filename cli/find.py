@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .settings import open_catalog
+from .settings import algebra_on_one_thread, open_catalog
 
 
 def search(
@@ -56,6 +56,7 @@ def similar(ref: options.Ref, limit: options.Limit = 10, json: options.Json = Fa
     from ..index.similar import similar as similar_to
     from . import show
 
+    algebra_on_one_thread()
     with open_catalog() as catalog, show.progress("comparing", quiet=json) as advance:
         neighbours = similar_to(catalog, catalog.entry(ref), limit=limit, progress=advance)
     if json:

@@ -25,3 +25,11 @@ def open_catalog() -> Catalog:
     from ..hub.catalog import Catalog
 
     return Catalog(home(), os.environ.get("LORAHUB_DATABASE"))
+
+
+def algebra_on_one_thread() -> None:
+    """Give torch one thread: factors are thin, and their QR gains nothing from a second one (it loses where the
+    machine is busy; `benchmarks/merge_speed.py --threads` shows it)."""
+    import torch
+
+    torch.set_num_threads(1)

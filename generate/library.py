@@ -57,8 +57,6 @@ def open_library(
     `base` None stands for the only base there is. `exclude` holds ids or names to leave out. Raises GenerationError
     where the catalogue has several bases or none that fits.
     """
-    from ..hub.reading import read
-
     entries = [entry for entry in catalog.entries() if entry.mergeable and (entry.description or entry.title)]
     kept = [entry for entry in entries if not {entry.id, entry.name} & set(exclude)]
     bases = sorted({entry.base for entry in kept if entry.base})
@@ -71,7 +69,7 @@ def open_library(
         raise GenerationError(f"no described adapter for base {base} in the catalogue (bases there: {known}); add some")
     texts = [entry.description or entry.title or entry.name for entry in fitting]
     experts = tuple(
-        Expert(entry.id, entry.name, text, partial(read, catalog.path(entry), allow_pickle=True))
+        Expert(entry.id, entry.name, text, partial(catalog.read, entry))
         for entry, text in zip(fitting, texts, strict=True)
     )
     return Library(base, experts, encoder.encode(texts))

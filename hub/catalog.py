@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
+    from .adapter import Adapter
+
 
 class Catalog:
     """The catalogue in the folder `home` (made if missing), its tables there or in the PostgreSQL database at `url`.
@@ -122,6 +124,15 @@ class Catalog:
             if _still_holds(Path(path), entry.digest):
                 return Path(path)
         raise CatalogError(f"{entry.name}: {_what_became(now)}; put a file back or `add` it from where it is now")
+
+    def read(self, entry: Entry) -> Adapter:
+        """The adapter, its modules lazy. A pickle is read, weights only: whoever added it consented.
+
+        Raises CatalogError if no file of it is left, IncompatibleAdapters if it has no low-rank delta.
+        """
+        from .reading import read
+
+        return read(self.path(entry), allow_pickle=True)
 
     def remove(self, ref: str) -> Entry:
         """Forget an adapter: its rows, and its blob; the user's files stay. What was made from it keeps its name."""

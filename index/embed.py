@@ -78,11 +78,10 @@ def fill_weights(catalog: Catalog, *, among: Collection[str] | None = None, prog
 
 def _sketches(catalog: Catalog, entry: Entry, spaces: list[str]) -> Iterator[tuple[str, NDArray[np.float32]]]:
     from ..hub.plugins import load
-    from ..hub.reading import read
 
     package = f"{__package__}.encoders"
     try:
-        adapter = read(catalog.path(entry))
+        adapter = catalog.read(entry)
         for space in spaces:
             yield space, load(package, space)(adapter).numpy()
     except LoraHubError as error:

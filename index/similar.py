@@ -80,14 +80,13 @@ def similar(catalog: Catalog, entry: Entry, *, limit: int = 10, progress: Progre
     adapters sketched where there are too many to measure all, then of modules.
     Raises BadOption for a limit below 1, IncompatibleAdapters if `entry` has no deltas to compare.
     """
-    from ..hub.reading import read
 
     if limit < 1:
         raise BadOption(f"limit is {limit}; expected at least 1")
     if not entry.mergeable:
         raise IncompatibleAdapters(f"{entry.name} has no low-rank deltas to compare: {entry.reason}")
     found = _opened(catalog, _candidates(catalog, entry, limit, progress))
-    likenesses = compare(read(catalog.path(entry)), list(found.values()), progress=progress)
+    likenesses = compare(catalog.read(entry), list(found.values()), progress=progress)
     pairs = zip(found, likenesses, strict=True)
     near = [_neighbour(other, likeness) for other, likeness in pairs if likeness.shared_modules]
     return sorted(near, key=_order)[:limit]
@@ -165,12 +164,11 @@ def column_overlap(left: Tensor, right: Tensor) -> float | None:
 
 def _opened(catalog: Catalog, entries: Sequence[Entry]) -> dict[Entry, Adapter]:
     """The entries' adapters, lazily; one that cannot be read now is named in a warning and left out."""
-    from ..hub.reading import read
 
     found = {}
     for entry in entries:
         try:
-            found[entry] = read(catalog.path(entry))
+            found[entry] = catalog.read(entry)
         except LoraHubError as error:
             log.warning("%s is left out: %s", entry.name, error)
     return found
