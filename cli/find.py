@@ -47,8 +47,22 @@ def search(
         return
     show.table(
         ["score", "name", "base", "why", "description"],
-        [(f"{h.score:.3f}", h.entry.name, h.entry.base, "; ".join(h.why), h.entry.description[:70]) for h in hits],
+        [
+            (
+                f"{h.score:.3f}",
+                h.entry.name,
+                show.base_name(h.entry.base),
+                "; ".join(h.why),
+                _start(h.entry.description),
+            )
+            for h in hits
+        ],
     )
+
+
+def _start(text: str, most: int = 60) -> str:
+    """The beginning of a text, cut between words."""
+    return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
 
 
 def similar(ref: options.Ref, limit: options.Limit = 10, json: options.Json = False) -> None:

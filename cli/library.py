@@ -64,7 +64,7 @@ def _print_added(results: list[Added]) -> None:
     if kept:
         show.table(
             ["status", "name", "base", "format", "rank", "modules", "remark"],
-            [(r.status, r.name, r.base, r.format, r.rank, r.modules, r.reason or "") for r in kept],
+            [(r.status, r.name, show.base_name(r.base), r.format, r.rank, r.modules, r.reason or "") for r in kept],
         )
     for one in results:
         if one.status == "rejected":
@@ -95,7 +95,10 @@ def list_(
         return
     show.table(
         ["id", "name", "base", "format", "rank", "modules", "mergeable", "tags"],
-        [(e.id[:8], e.name, e.base, e.format, _ranks(e), e.modules, e.mergeable, list(e.tags)[:6]) for e in entries],
+        [
+            (e.id[:8], e.name, show.base_name(e.base), e.format, _ranks(e), e.modules, e.mergeable, list(e.tags)[:6])
+            for e in entries
+        ],
     )
 
 

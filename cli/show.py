@@ -60,6 +60,11 @@ def cell(value: object) -> str:
     return printable(str(value))
 
 
+def base_name(base: str | None) -> str | None:
+    """A base's name without its owner, as tables show it."""
+    return base.rstrip("/").rsplit("/", 1)[-1] if base else None
+
+
 def fields(data: Mapping[str, object]) -> None:
     """Print names and values, one pair a line; empty values are left out."""
     width = max((len(key) for key in data), default=0)
