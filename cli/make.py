@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..hub.errors import BadOption
+from ..hub.errors import BadOption, UnknownAdapter
 from . import options
 from .settings import open_catalog
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..generate.run import Generated
     from ..hub.adapter import Adapter
     from ..hub.catalog import Catalog
+    from ..hub.entries import Entry
     from .refs import Named
 
 
@@ -161,7 +162,20 @@ def remember(
     """
     strangers = [parent.path for parent, _ in parents if parent.entry is None]
     list(catalog.add(strangers, allow_pickle=True))
+    before = _entry_at(catalog, path)
     [added] = catalog.add([path], name=name, base=base)
+    assert added.id is not None, added.reason
+    if before and before.id != added.id and len(before.locations) == 1 and not before.blob:
+        catalog.remove(before.id)  # its only file was this one, and has just been replaced
+        if name is None:
+            catalog.rename(added.id, before.name)
     ids = [(parent.entry.id if parent.entry else parent.digest(allow_pickle=True)[:16], w) for parent, w in parents]
-    if added.id is not None:
+    if added.id not in {id_ for id_, _ in ids}:  # a copy of an input was made from nothing
         catalog.link(added.id, ids, operation, dict(facts), seed)
+
+
+def _entry_at(catalog: Catalog, path: Path) -> Entry | None:
+    try:
+        return catalog.entry(str(path.resolve()))
+    except UnknownAdapter:
+        return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..hub.errors import BadOption, UnknownAdapter
+from ..hub.errors import BadOption, CatalogError
 
 if TYPE_CHECKING:
     from ..hub.adapter import Adapter
@@ -74,11 +74,11 @@ def find(catalog: Catalog, ref: str) -> Named:
     """The adapter that `ref` names. Raises UnknownAdapter, saying what comes close."""
     try:
         entry = catalog.entry(ref)
-    except UnknownAdapter:
+        return Named(ref, catalog.path(entry), entry)
+    except CatalogError:  # unknown, or no longer what was added: a path that exists speaks for itself
         if not Path(ref).exists():
             raise
         return Named(ref, Path(ref), None)
-    return Named(ref, catalog.path(entry), entry)
 
 
 def load(named: Named, *, allow_pickle: bool = False, alpha: float | None = None) -> Adapter:

@@ -204,3 +204,23 @@ def test_convert_keeps_the_delta_and_tag_and_remove_leave_files_alone(call, shel
     assert (shelf / "letters" / "adapter_model.safetensors").is_file()
     assert call("verify")[0] == 0
     assert call("similar", "mails", "--json")[0] == 0
+
+
+def test_a_replaced_result_leaves_one_entry_and_a_changed_file_is_read_anew(call, shelf: Path, tmp_path: Path) -> None:
+    call("add", shelf)
+    assert call("merge", "letters", "mails", "--out", tmp_path / "m")[0] == 0
+    assert call("merge", "letters", "mails:-1", "--out", tmp_path / "m", "--force")[0] == 0
+    assert sorted(row["name"] for row in json.loads(call("list", "--json")[1])) == [
+        "letters",
+        "m",
+        "mails",
+        "watercolor",
+    ]
+    shown = json.loads(call("show", "m", "--json")[1])
+    assert [link["weight"] for link in shown["lineage"]] == [1.0, -1.0]
+    assert call("verify")[0] == 0
+
+    save(small(7), shelf / "letters", force=True)
+    assert call("merge", shelf / "letters", "--out", tmp_path / "again")[0] == 0
+    got = read(tmp_path / "again").modules[NAMES[0]].dense()
+    torch.testing.assert_close(got, small(7).modules[NAMES[0]].dense())
