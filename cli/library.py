@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ..hub.entries import Added, Entry
 
 
+MOST_SHOWN = 50  # rows of a long `add`
+
+
 def add(
     paths: Annotated[list[Path], typer.Argument(help="Adapter files or folders; folders are searched through.")],
     base: options.Base = None,
@@ -64,8 +67,13 @@ def _print_added(results: list[Added]) -> None:
     if kept:
         show.table(
             ["status", "name", "base", "format", "rank", "modules", "remark"],
-            [(r.status, r.name, show.base_name(r.base), r.format, r.rank, r.modules, r.reason or "") for r in kept],
+            [
+                (r.status, r.name, show.base_name(r.base), r.format, r.rank, r.modules, r.reason or "")
+                for r in kept[:MOST_SHOWN]
+            ],
         )
+    if len(kept) > MOST_SHOWN:
+        show.line(f"... and {len(kept) - MOST_SHOWN} more; `lorahub list` shows all")
     for one in results:
         if one.status == "rejected":
             show.note(f"rejected {one.reason}")
