@@ -243,7 +243,11 @@ def disk_to_disk(layers: int, seed: int, repeats: int) -> list[Row]:
         room = Path(folder)
         write_inputs(room, layers, seed)
         os.sync()
-        for name, given in (("merge, ranks add up", {}), (f"merge, rank={RANK}", {"rank": RANK})):
+        for name, given in (
+            ("merge, ranks add up", {}),
+            ("merge, energy=0.97", {"energy": 0.97}),
+            (f"merge, rank={RANK}", {"rank": RANK}),
+        ):
             row = in_child(room, repeats, given=given)
             size = (room / "merged" / "adapter_model.safetensors").stat().st_size
             copied = in_child(room, repeats, copy=size)

@@ -67,8 +67,8 @@ def by_module(
 ) -> Mapping[str, LowRank]:
     """Combine module by module over the union of names; an adapter without a module takes no part in it.
 
-    With `rank`, which foretells the result's rank from the inputs' shapes, modules are made one at a time when they are
-    read; without, all are made here and now.
+    Modules are made one at a time, when they are read. `rank` foretells the result's rank from the inputs' shapes;
+    without it each module is made once before, for its rank alone: twice the work, but never all modules in memory.
     """
     holders: dict[str, list[int]] = {}
     for index, adapter in enumerate(adapters):
@@ -79,7 +79,7 @@ def by_module(
         return combine([adapters[i].modules[name] for i in holders[name]], [weights[i] for i in holders[name]])
 
     if rank is None:
-        return {name: load(name) for name in sorted(holders)}
+        return LazyModules({name: load(name).shape for name in sorted(holders)}, load)
     shapes = {}
     for name in sorted(holders):
         inputs = [adapters[i].shapes[name] for i in holders[name]]
