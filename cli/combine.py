@@ -43,7 +43,7 @@ def merge(
 ) -> None:
     """Merge adapters of one base into one file, exactly or by a method, and report how exact the result is."""
     from ..merge.run import merge as merge_adapters
-    from .make import dtype_of, fitting_format, remember
+    from .make import check_name, dtype_of, fitting_format, remember
     from .refs import find, load, weights_of
 
     algebra_on_one_thread()
@@ -51,6 +51,7 @@ def merge(
     given: dict[str, Any] = options.pairs(option)
     given |= {key: value for key, value in (("rank", rank), ("energy", energy)) if value is not None}
     with open_catalog() as catalog:
+        check_name(catalog, name, out)
         inputs = [find(catalog, ref) for ref in names]
         adapters = [load(one, allow_pickle=allow_pickle, alpha=alpha) for one in inputs]
         merged = merge_adapters(adapters, method, weights, dtype=dtype_of(dtype), extras=extras, base=base, given=given)

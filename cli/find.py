@@ -15,7 +15,9 @@ def search(
     base: options.Base = None,
     tag: Annotated[list[str] | None, typer.Option(help="Only adapters with this tag; may be repeated.")] = None,
     limit: options.Limit = 10,
-    mode: Annotated[str, typer.Option(help="hybrid, text, meaning or weights.")] = "hybrid",
+    mode: Annotated[
+        str, typer.Option(help="hybrid, text or meaning; weights needs a weight encoder, which there is none of yet.")
+    ] = "hybrid",
     model: Annotated[
         str | None, typer.Option(help="A sentence-transformers model instead of the packaged one.")
     ] = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..hub.errors import BadOption, UnknownAdapter
+from ..hub.errors import BadOption, NameTaken, UnknownAdapter
 from . import options
 from .settings import open_catalog
 
@@ -54,6 +54,7 @@ def generate(
 
     given = options.pairs(option)
     with open_catalog() as catalog:
+        check_name(catalog, name, out)
         encoder = text(model)
         library = open_library(catalog, encoder, base=base, exclude=exclude or ())
         made = generate_adapter(library, description, encoder, method=method, seed=seed, given=given)
@@ -143,6 +144,15 @@ def versions() -> dict[str, str]:
 def command_line(argv: Sequence[str]) -> str:
     """The command as it was typed."""
     return shlex.join(["lorahub", *argv[1:]])
+
+
+def check_name(catalog: Catalog, name: str | None, out: Path) -> None:
+    """Raise NameTaken, before any work, if another adapter than the one at `out` has the name that was asked for."""
+    holder = next((entry for entry in catalog.entries() if entry.name == name), None) if name else None
+    if holder and str(out.resolve()) not in holder.locations:
+        raise NameTaken(
+            f"the name {name!r} belongs to {holder.id}; choose another --name, or remove that adapter first"
+        )
 
 
 def remember(

@@ -224,3 +224,11 @@ def test_a_replaced_result_leaves_one_entry_and_a_changed_file_is_read_anew(call
     assert call("merge", shelf / "letters", "--out", tmp_path / "again")[0] == 0
     got = read(tmp_path / "again").modules[NAMES[0]].dense()
     torch.testing.assert_close(got, small(7).modules[NAMES[0]].dense())
+
+
+def test_a_taken_name_is_refused_before_anything_is_written(call, shelf: Path, tmp_path: Path) -> None:
+    call("add", shelf)
+    for command in (["merge", "letters"], ["generate", "sort support mails by product"]):
+        code, _, said = call(*command, "--out", tmp_path / "m", "--name", "mails")
+        assert (code, "mails" in said) == (1, True)
+        assert not (tmp_path / "m").exists()
