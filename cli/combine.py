@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +23,11 @@ def merge(
     out: options.Out,
     method: Annotated[str, typer.Option(help="The merging method.")] = "exact",
     weight: Annotated[
-        list[float] | None, typer.Option("--weight", "-w", help="Weights in the adapters' order.")
+        list[float] | None, typer.Option("--weight", "-w", help="Weights in the adapters' order, or one for all.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB=W,W", help="Other weights for the modules that a glob names, '*.mlp.*=1,0.5'."),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Largest rank of the result.")] = None,
     energy: Annotated[float | None, typer.Option(help="Share of the squared norm to keep, such as 0.97.")] = None,
@@ -54,7 +58,16 @@ def merge(
         check_name(catalog, name, out)
         inputs = [find(catalog, ref) for ref in names]
         adapters = [load(one, allow_pickle=allow_pickle, alpha=alpha) for one in inputs]
-        merged = merge_adapters(adapters, method, weights, dtype=dtype_of(dtype), extras=extras, base=base, given=given)
+        merged = merge_adapters(
+            adapters,
+            method,
+            weights,
+            dtype=dtype_of(dtype),
+            extras=extras,
+            base=base,
+            given=given,
+            where=options.weight_lists(where),
+        )
         target = to or fitting_format(merged.adapter)
         if dry_run:
             _announce(merged.adapter.shapes, out, target, json)
@@ -63,7 +76,7 @@ def merge(
             Ingredient(one.name, one.digest(allow_pickle=allow_pickle), share, adapter.base, one.description)
             for one, share, adapter in zip(inputs, weights, adapters, strict=True)
         ]
-        path, made = _carry_out(merged, method, given, ingredients, out, target, force=force, quiet=json)
+        path, made = _carry_out(merged, method, where or [], ingredients, out, target, force=force, quiet=json)
         parents = list(zip(inputs, weights, strict=True))
         remember(catalog, path, name, f"merge:{method}", parents, made, base=merged.adapter.base)
     _print(made, path, json)
@@ -72,7 +85,7 @@ def merge(
 def _carry_out(
     merged: Merged,
     method: str,
-    given: Mapping[str, Any],
+    where: Sequence[str],
     ingredients: Sequence[Ingredient],
     out: Path,
     target: str,
@@ -89,7 +102,8 @@ def _carry_out(
     result = replace(merged.adapter, meta={**merged.adapter.meta, "merged_from": history})
 
     def facts() -> dict[str, Any]:
-        return record(method, ingredients, given, merged.report, versions())
+        chosen = dict(merged.options) | ({"where": list(where)} if where else {})
+        return record(method, ingredients, chosen, merged.report, versions())
 
     def model_card() -> str:
         return card(facts(), result, command=command_line(sys.argv), library=target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -37,4 +38,20 @@ def pairs(texts: list[str] | None) -> dict[str, str]:
         if not equals or not key.strip():
             raise BadOption(f"-o {text!r}: expected KEY=VALUE, such as -o density=0.3")
         table[key.strip().replace("-", "_")] = value.strip()
+    return table
+
+
+def weight_lists(texts: list[str] | None) -> dict[str, list[float]]:
+    """`glob=0.5,1` texts as a table. Raises BadOption for one that is no glob with finite numbers."""
+    table = {}
+    for text in texts or []:
+        glob, _, numbers = text.rpartition("=")
+        try:
+            table[glob] = [float(number) for number in numbers.split(",")]
+        except ValueError:
+            table[glob] = [math.nan]
+        if not glob or not all(math.isfinite(weight) for weight in table[glob]):
+            raise BadOption(
+                f"--where {text!r}: expected GLOB=W,W with a number for each adapter, such as '*.mlp.*=1,0'"
+            )
     return table

@@ -94,12 +94,21 @@ def load(named: Named, *, allow_pickle: bool = False, alpha: float | None = None
 
 
 def weights_of(refs: Sequence[str], weights: Sequence[float]) -> tuple[list[str], list[float]]:
-    """References and their weights: written behind each, or listed with -w, default 1. Raises BadOption if both."""
+    """References and their weights: written behind each, or with -w for each or once for all; default 1.
+
+    Raises BadOption if both.
+    """
     split = [weighted(ref) for ref in refs]
     inline = [weight for _, weight in split]
     if weights and any(weight is not None for weight in inline):
         raise BadOption("weights are given both as REF:weight and with -w; use one of the two")
-    if weights and len(weights) != len(refs):
-        raise BadOption(f"{len(weights)} weights (-w) for {len(refs)} adapters; give one for each, or none")
-    chosen = list(weights) if weights else [1.0 if weight is None else weight for weight in inline]
+    if len(weights) not in (0, 1, len(refs)):
+        raise BadOption(
+            f"{len(weights)} weights (-w) for {len(refs)} adapters; give one for each, one for all, or none"
+        )
+    chosen = (
+        list(weights) * (len(refs) // len(weights))
+        if weights
+        else [1.0 if weight is None else weight for weight in inline]
+    )
     return [ref for ref, _ in split], chosen

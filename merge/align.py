@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..hub.adapter import Adapter, LazyModules
@@ -67,13 +68,11 @@ def by_module(
 ) -> Mapping[str, LowRank]:
     """Combine module by module over the union of names; an adapter without a module takes no part in it.
 
-    Modules are made one at a time, when they are read. `rank` foretells the result's rank from the inputs' shapes;
-    without it each module is made once before, for its rank alone: twice the work, but never all modules in memory.
+    Nor does one of weight 0, so that it changes nothing, whatever the method counts or averages over. Modules are made
+    one at a time, when they are read. `rank` foretells the result's rank from the inputs' shapes; without it each
+    module is made once before, for its rank alone: twice the work, but never all modules in memory.
     """
-    holders: dict[str, list[int]] = {}
-    for index, adapter in enumerate(adapters):
-        for name in adapter.shapes:
-            holders.setdefault(name, []).append(index)
+    holders = _holders(adapters, weights)
 
     def load(name: str) -> LowRank:
         return combine([adapters[i].modules[name] for i in holders[name]], [weights[i] for i in holders[name]])
@@ -86,6 +85,42 @@ def by_module(
         kernel = max((shape.kernel for shape in inputs), key=len)
         shapes[name] = Shape(rank(inputs), inputs[0].outputs, inputs[0].inputs, kernel, inputs[0].embedding)
     return LazyModules(shapes, load)
+
+
+def reconciled(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    combine: Callable[[list[LowRank]], LowRank],
+    rank: Callable[[list[Shape]], int],
+    limit: int | None = None,
+) -> Mapping[str, LowRank]:
+    """As `by_module`, for methods that settle conflicts between deltas: `combine` gets them with their weights on.
+
+    A module that one adapter alone holds has no conflict to settle: it is passed on, at most truncated to `limit`.
+    """
+
+    def settle(parts: list[LowRank], shares: list[float]) -> LowRank:
+        deltas = [part.scaled(share) for part, share in zip(parts, shares, strict=True)]
+        if len(deltas) == 1:
+            return deltas[0] if limit is None or deltas[0].rank <= limit else deltas[0].truncate(limit)
+        return replace(combine(deltas), kernel=max((part.kernel for part in parts), key=len))
+
+    def foretold(shapes: list[Shape]) -> int:
+        if len(shapes) > 1:
+            return rank(shapes)
+        only = shapes[0]
+        return only.rank if limit is None or only.rank <= limit else min(limit, only.outputs, only.inputs)
+
+    return by_module(adapters, weights, settle, foretold)
+
+
+def _holders(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, list[int]]:
+    """Module name -> which adapters take part in it; where all have weight 0, the first does."""
+    holders: dict[str, list[int]] = {}
+    for index, adapter in enumerate(adapters):
+        for name in adapter.shapes:
+            holders.setdefault(name, []).append(index)
+    return {name: [i for i in found if weights[i]] or found[:1] for name, found in holders.items()}
 
 
 def united_extras(adapters: Sequence[Adapter], weights: Sequence[float], rule: str) -> dict[str, Tensor]:

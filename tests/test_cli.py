@@ -16,6 +16,7 @@ from lorahub.hub.errors import BadOption, LoraHubError
 from lorahub.hub.lowrank import LowRank
 from lorahub.hub.reading import read
 from lorahub.hub.writing import save
+from lorahub.merge.run import methods, options
 from typer.testing import CliRunner
 
 NAMES = ("encoder.layer.0.attention.self.query", "encoder.layer.1.attention.self.value")
@@ -137,7 +138,10 @@ def test_different_bases_are_refused_by_name(call, shelf: Path, tmp_path: Path) 
         (["--dtype", "int8"], "dtype"),
         (["--extras", "burn"], "refuse"),
         (["--to", "onnx"], "peft"),
-        (["-w", "1"], "weights"),
+        (["-w", "1", "-w", "2", "-w", "3"], "weights"),
+        (["--where", "*=1"], "1 weights for"),
+        (["--where", "nothing*=1,1"], "no module fits"),
+        (["--where", "*=1,x"], "GLOB=W,W"),
     ],
 )
 def test_bad_options_say_what_there_is(call, shelf: Path, tmp_path: Path, arguments: list[str], word: str) -> None:
@@ -188,8 +192,28 @@ def test_weights_are_read_the_way_users_write_them(tmp_path: Path) -> None:
     with pytest.raises(BadOption):
         weighted("style:nan")
     assert weights_of(["a:2", "b"], []) == (["a", "b"], [2.0, 1.0])
+    assert weights_of(["a", "b"], [0.5]) == (["a", "b"], [0.5, 0.5])
+    assert weights_of(["a", "b"], [0.5, 2.0]) == (["a", "b"], [0.5, 2.0])
     with pytest.raises(BadOption):
         weights_of(["a:2", "b"], [1.0, 1.0])
+    with pytest.raises(BadOption):
+        weights_of(["a", "b", "c"], [1.0, 1.0])
+
+
+def test_every_method_can_be_called_with_its_seed_and_weights_recorded(call, shelf: Path, tmp_path: Path) -> None:
+    inputs = (shelf / "letters", shelf / "mails")
+    for method in methods():
+        arguments = ["--method", method, "-w", "0.5", "--where", f"{NAMES[0]}=1,0", "--rank", "2", "--json"]
+        code, out, said = call("merge", *inputs, "--out", tmp_path / method, *arguments)
+        assert code == 0, said
+        made = json.loads(out)
+        assert made["options"]["where"] == [f"{NAMES[0]}=1,0"]
+        assert {name: made["options"][name] for name in options(method) if name != "rank"} == {
+            name: option.default for name, option in options(method).items() if name != "rank"
+        }
+        assert made["per_module"][NAMES[0]]["rank"] <= 2
+        got, wanted = read(tmp_path / method).modules[NAMES[0]], read(inputs[0]).modules[NAMES[0]].truncate(2)
+        torch.testing.assert_close(got.dense(), wanted.dense(), rtol=1e-3, atol=1e-3)
 
 
 def test_convert_keeps_the_delta_and_tag_and_remove_leave_files_alone(call, shelf: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lorahub.hub import plugins
 from lorahub.hub.adapter import Adapter
 from lorahub.hub.errors import LoraHubError
 from lorahub.merge.run import METHODS, merge, methods, options
-from making import BASE, DTYPES, adapter, assert_equal, carried_out, deltas, merged, rounding, sizes
+from making import BASE, DTYPES, adapter, assert_equal, carried_out, delta, deltas, merged, rounding, sizes, times
 
 # method -> {law: why it does not hold}
 BY_DESIGN: dict[str, dict[str, str]] = {}
@@ -80,6 +81,63 @@ def test_order_does_not_matter(method: str) -> None:
 def test_one_adapter_at_weight_one_is_itself(method: str, dtype: torch.dtype) -> None:
     one = adapter(scale=0.7, dtype=dtype)
     assert_equal(merged([one], [1.0], method=method), deltas(one), rounding([one], [1.0], factor=64))
+
+
+@law("homogeneity")
+@pytest.mark.parametrize("factor", [0.25, 3.0])
+def test_weights_multiply_deltas(method: str, factor: float) -> None:
+    """A common factor of all weights, and a weight against a scale, come to the same."""
+    once = merged(several(), WEIGHTS, method=method)
+    shares = [factor * weight for weight in WEIGHTS]
+    assert_equal(merged(several(), shares, method=method), times(once, factor), rounding(several(), shares, factor=64))
+    inside = [one.scaled(weight) for one, weight in zip(several(), WEIGHTS, strict=True)]
+    assert_equal(merged(inside, [1.0] * 3, method=method), once, rounding(several(), WEIGHTS, factor=64))
+
+
+@law("silence")
+def test_an_adapter_of_weight_zero_changes_nothing(method: str) -> None:
+    one, two, three = several()
+    without = merged([one, three], [0.5, 0.2], method=method)
+    assert_equal(
+        merged([one, two, three], [0.5, 0.0, 0.2], method=method),
+        without | {name: 0.0 * matrix for name, matrix in deltas(two).items() if name not in without},
+        rounding(several(), WEIGHTS, factor=64),
+    )
+
+
+@law("alone")
+def test_a_module_that_one_adapter_holds_is_passed_on(method: str) -> None:
+    left, right = adapter("layer.0.query", "conv.wide", seed=1), adapter("layer.0.query", "words", seed=2)
+    result = merged([left, right], [0.5, -2.0], method=method)
+    wanted = {"conv.wide": 0.5 * deltas(left)["conv.wide"], "words": -2.0 * deltas(right)["words"]}
+    del result["layer.0.query"]
+    assert_equal(result, wanted, {name: 1e-5 * float(matrix.norm()) for name, matrix in wanted.items()})
+
+
+@law("weights by module")
+def test_weights_may_differ_by_module(method: str) -> None:
+    inputs = [adapter(seed=seed) for seed in range(3)]
+    plain, other = [0.5, 0.3, 0.2], [1.0, 0.0, -0.5]
+    result = merge(inputs, method, plain, dtype=torch.float32, where={"*": [9, 9, 9], "layer.*": other, "*s": plain})
+    wide, narrow = merged(inputs, [9.0] * 3, method=method), merged(inputs, other, method=method)
+    words = merged(inputs, plain, method=method)
+    for name, matrix in deltas(result.adapter).items():
+        wanted = narrow if name.startswith("layer.") else words if name.endswith("s") else wide
+        assert float((matrix - wanted[name]).norm()) <= 1e-4 * float(wanted[name].norm()) + 1e-5, name
+
+
+@law("rank")
+@pytest.mark.parametrize("given", [{"rank": 2}, {"energy": 0.9}, {"rank": "2", "energy": "0.9"}], ids=str)
+def test_every_result_can_be_limited(method: str, given: dict[str, Any]) -> None:
+    full, cut = merge(several(), method, WEIGHTS), merge(several(), method, WEIGHTS, given=given)
+    assert cut.options["seed" if "seed" in cut.options else next(iter(given))] is not None
+    for name, module in cut.adapter.modules.items():
+        assert module.shape == cut.adapter.shapes[name]
+        if "rank" in given:
+            assert module.rank <= 2
+        if given == {"energy": 0.9}:
+            norms = float(delta(module).norm()), float(delta(full.adapter.modules[name]).norm())
+            assert norms[0] ** 2 >= 0.9 * norms[1] ** 2 * (1 - 1e-6)
 
 
 @law("determinism")
