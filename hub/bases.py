@@ -38,6 +38,17 @@ def same_base(one: str | None, other: str | None) -> bool:
     return one is None or other is None or family(one) == family(other)
 
 
+def pointwise(module: str, base: str | None) -> bool:
+    """Whether a module is a 1x1 convolution in its base, though a file (a product by LyCORIS) may hold a linear map.
+
+    Every UNet's shortcuts are; the projections around its attention only in the first Stable Diffusion.
+    """
+    leaf = module.rsplit(".", 1)[-1]
+    if not module.startswith("unet."):
+        return False
+    return leaf == "conv_shortcut" or (leaf in ("proj_in", "proj_out") and base is not None and family(base) == "sd-1")
+
+
 def from_metadata(metadata: Mapping[str, str]) -> Base:
     """The base that a header names: kohya's and ModelSpec's entries."""
     for key in ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name"):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .adapter import Adapter, LazyModules
+from .bases import pointwise
 from .errors import FormatError, IncompatibleAdapters, TargetExists, UnknownMethod
 from .plugins import names
 from .tensorfile import Planned, dtype_name, layout, tensor_bytes, write_tensors
@@ -94,6 +95,7 @@ def save(
     alone = file == out and to != "peft"
     if not adapter.shapes:
         raise IncompatibleAdapters(f"{adapter.name}: has no modules to write")
+    adapter = _with_pointwise(adapter)
     with replacing(out, force=force) as place:
         weights = place if alone or to == "peft" else place / file.name
         if not alone:
@@ -104,6 +106,20 @@ def save(
     if card and alone:
         out.with_suffix(".md").write_text(card(), encoding="utf-8")
     return file
+
+
+def _with_pointwise(adapter: Adapter) -> Adapter:
+    """The adapter, with linear maps that its base has as 1x1 convolutions in that shape: loaders insist on it."""
+    source, shapes = adapter.modules, dict(adapter.shapes)
+    convolutions = {n for n, shape in shapes.items() if not shape.kernel and pointwise(n, adapter.base)}
+    if not convolutions:
+        return adapter
+    shapes |= {name: replace(shapes[name], kernel=(1, 1)) for name in convolutions}
+
+    def load(name: str) -> LowRank:
+        return replace(source[name], kernel=(1, 1)) if name in convolutions else source[name]
+
+    return replace(adapter, modules=LazyModules(shapes, load))
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -19,14 +18,10 @@ import torch
 from lorahub.hub import reading
 from lorahub.hub.adapter import Adapter
 from lorahub.hub.errors import FormatError, IncompatibleAdapters, UnsafeFile
+from real_files import FOLDER, SD1, Deltas, empty, injected
 from safetensors.torch import load_file
-from torch import Tensor
-
-FOLDER = (Path(__file__).resolve().parents[1].parent / "shared" / "adapters").resolve()  # the catalogue resolves links
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"real adapters are not at {FOLDER}")
-
-Deltas = dict[str, Tensor]
 
 GPT2 = {
     "deepbiolab__gpt2-classification-peft/peft_model": (2, 36),
@@ -48,13 +43,6 @@ DIFFUSERS = [
     "huggingface__diffusers/examples/text_to_image/sd-pokemon-model-lora/pytorch_lora_weights.safetensors",
 ]
 CLONEOFSIMO = ["analog_svd_rank4", "lora_disney", "lora_disney_inpainting"]
-SD1 = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "block_out_channels": (320, 640, 1280, 1280),
-}
 
 
 def assert_same(adapter: Adapter, wanted: Deltas) -> None:
@@ -65,23 +53,6 @@ def assert_same(adapter: Adapter, wanted: Deltas) -> None:
         assert got.shape == right.shape, f"{name}: {tuple(got.shape)}, wanted {tuple(right.shape)}"
         distance = float((got - right).norm())
         assert distance <= 1e-6 * float(right.norm()), f"{name}: off by {distance:.3e} of {float(right.norm()):.3e}"
-
-
-def empty(model: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """A model of real shape whose weights were never filled: deltas do not depend on them."""
-    with torch.device("meta"):
-        made = model()
-    return made.to_empty(device="cpu")
-
-
-def injected(model: torch.nn.Module, adapter: str) -> Deltas:
-    """PEFT's own deltas of all the layers it put into a model, as maps from input to output."""
-    found = {}
-    for name, layer in model.named_modules():
-        if adapter in getattr(layer, "lora_A", ()):
-            delta = layer.get_delta_weight(adapter).detach()
-            found[name.removeprefix("base_model.model.")] = delta.T if layer.fan_in_fan_out else delta
-    return found
 
 
 @pytest.mark.parametrize("place", GPT2)
