@@ -135,7 +135,7 @@ def _gating(
     ranks = [part.rank for part in members]
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        inner = nn.functional.linear(inputs[0], down).split(ranks, dim=-1)
+        inner = torch.split(nn.functional.linear(inputs[0], down), ranks, dim=-1)
         deltas = torch.stack([nn.functional.linear(one, part.up) for one, part in zip(inner, members, strict=True)])
         if watch:
             watch(path, gate.openings(output, deltas, clock.time), None if clock.time is None else float(clock.time[0]))

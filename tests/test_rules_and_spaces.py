@@ -341,3 +341,16 @@ def test_options_out_of_range_are_refused_in_one_line(method: str, given: dict[s
         merge(wide(2), method, WEIGHTS, given=given)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_flat_spectrum_of_few_directions_has_the_leading_ones() -> None:
+    """Cut off afterwards, which directions stay would be left to rounding: all weigh the same."""
+    parts = [low_rank(Place(60, 70), 4, seed=seed) for seed in range(3)]
+    inputs = [Adapter({"m": part}, "tiny", {}, {"name": str(i)}) for i, part in enumerate(parts)]
+    for method, given in (("iso", {}), ("core", {"rule": "iso"})):
+        u, s, vh = torch.linalg.svd(weighted_sum(inputs, [1.0] * 3)["m"])
+        wanted = s[:5].mean() * u[:, :5] @ vh[:5]
+        close(merged(inputs, [1.0] * 3, method=method, rank=5, **given), {"m": wanted})
+    u, s, vh = torch.linalg.svd(merged(inputs, [1.0] * 3, method="tsv", keep=1.0)["m"])
+    wanted = s[:5].mean() * u[:, :5] @ vh[:5]
+    close(merged(inputs, [1.0] * 3, method="core", rule="tsv_iso", rank=5), {"m": wanted})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ...hub.adapter import Adapter
-from ...hub.lowrank import LowRank, concat
+from ...hub.lowrank import LowRank, check_limits, concat
 from ..align import reconciled
 from ..rules import Elementwise, check_choice
 from ..spaces import check_space, foretold, united
@@ -29,6 +29,7 @@ def core(
     rule: str = "tsv_iso",
     density: float = 0.5,
     gauge: str = "svd",
+    rank: int | None = None,
     seed: int = 0,
 ) -> Adapter:
     """Core Space merging (Panariello et al. 2025): deltas as U^T delta_t V in orthonormal bases of all column and all
@@ -37,29 +38,28 @@ def core(
     rule: sum (the exact merge), magnitude, ties, dare, dare_ties (elementwise, at `density`), tsv, iso, or tsv_iso
     (TSV with Iso-C's flat spectrum). Spectral rules do not depend on the basis, so they are carried out on the factors.
     density: the share of entries that an elementwise rule keeps. gauge: "svd" makes the bases independent of how a
-    delta is factored, "stored" takes factors as they are. seed: of dare's draws.
+    delta is factored, "stored" takes factors as they are. rank: the largest rank of any module of the result; where the
+    rule makes the spectrum flat, the leading directions are chosen before. seed: of dare's draws.
     """
     check_choice("rule", rule, (*ELEMENTWISE, *SPECTRAL))
     check_space("core", gauge)
+    check_limits(rank, None)
     if rule in ELEMENTWISE:
         chosen = replace(ELEMENTWISE[rule], density=1.0 if rule == "sum" else density)
 
     def combine(parts: list[LowRank]) -> LowRank:
         if rule in ELEMENTWISE:
-            return united(parts, chosen, "core", gauge=gauge, seed=seed)
-        return _spectral(parts, rule)
+            return united(parts, chosen, "core", gauge=gauge, rank=rank, seed=seed)
+        return _spectral(parts, rule, rank)
 
-    return Adapter(reconciled(adapters, weights, combine, lambda shapes: foretold(shapes, "core", None)))
+    return Adapter(reconciled(adapters, weights, combine, lambda shapes: foretold(shapes, "core", rank), limit=rank))
 
 
-def _spectral(parts: Sequence[LowRank], rule: str) -> LowRank:
+def _spectral(parts: Sequence[LowRank], rule: str, rank: int | None) -> LowRank:
     """The core is as wide as all ranks together, so that TSV keeps every triplet there."""
-    total = (
-        concat(parts)
-        if rule == "iso"
-        else side_by_side(parts, [min(*part.up.shape, part.down.shape[1]) for part in parts])
-    )
+    sizes = [min(*part.up.shape, part.down.shape[1]) for part in parts]
+    total = concat(parts) if rule == "iso" else side_by_side(parts, sizes)
     if rule == "tsv":
-        return total.truncate()
-    up, down = flattened(*total.svd())
+        return total.truncate(rank)
+    up, down = flattened(*total.svd(rank))
     return replace(parts[0], up=up, down=down, scale=1.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...hub.adapter import Adapter
-from ...hub.lowrank import LowRank, Shape, concat
+from ...hub.lowrank import LowRank, Shape, check_limits, concat
 from ..align import reconciled
 from ..rules import check_share
 from ..spectral import flattened, orthogonalised, spanned
@@ -17,28 +17,33 @@ from ..spectral import flattened, orthogonalised, spanned
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
-def iso(adapters: Sequence[Adapter], weights: Sequence[float], *, common: float = 1.0) -> Adapter:
+def iso(
+    adapters: Sequence[Adapter], weights: Sequence[float], *, common: float = 1.0, rank: int | None = None
+) -> Adapter:
     """Isotropic merging (Marczak et al. 2025): the exact sum with every singular value replaced by their mean.
 
     common: the share of the directions that come from the sum. 1 is Iso-C; below 1 (Iso-CTS, 0.8 in the paper) the rest
     are the leading directions of what each adapter has outside of the common ones, all made orthogonal together. The
     paper counts directions of the full space; here only those that the adapters span count, because the others hold
-    rounding errors that a flat spectrum would lift.
+    rounding errors that a flat spectrum would lift. rank: how many directions the result has at most, the leading ones;
+    the rest is cut off before the spectrum is made flat, for afterwards none of them leads.
     """
     check_share("common", common)
+    check_limits(rank, None)
 
     def combine(parts: list[LowRank]) -> LowRank:
         left, values, right = concat(parts).svd()
         specific = _specific(len(values), len(parts), common)
         if specific:
             left, values, right = _with_specific(parts, (left, values, right), specific)
-        up, down = flattened(left, values, right)
+        up, down = flattened(left[:, :rank], values[:rank], right[:rank])
         return replace(parts[0], up=up, down=down, scale=1.0)
 
     def foretold(shapes: list[Shape]) -> int:
-        return min(sum(shape.rank for shape in shapes), shapes[0].outputs, shapes[0].inputs)
+        whole = min(sum(shape.rank for shape in shapes), shapes[0].outputs, shapes[0].inputs)
+        return whole if rank is None else min(rank, whole)
 
-    return Adapter(reconciled(adapters, weights, combine, foretold))
+    return Adapter(reconciled(adapters, weights, combine, foretold, limit=rank))
 
 
 def _specific(directions: int, adapters: int, common: float) -> int:
