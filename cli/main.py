@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..hub.errors import LoraHubError
-from . import combine, files, find, library, make, tour
+from . import analyze, combine, files, find, library, make, tour
 
 INTERRUPTED = 130
 
@@ -33,6 +33,7 @@ for command in (
     find.similar,
     files.inspect,
     files.check,
+    analyze.analyze,
     combine.merge,
     files.convert,
     make.generate,

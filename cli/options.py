@@ -27,6 +27,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: the inputs'.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="alpha for files that do not store one.")]
 Method = Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="An option of the method.")]
+Weights = Annotated[
+    list[float] | None, typer.Option("--weight", "-w", help="Weights in the adapters' order, or one for all.")
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB=W,W", help="Other weights for the modules that a glob names, '*.mlp.*=1,0.5'."),
+]
+Extras = Annotated[str, typer.Option(help="Biases, heads and embeddings: refuse, drop, first or average.")]
+Word = Annotated[str | None, typer.Option("--base", help="Your word that all are for this base.")]
+Optimize = Annotated[
+    str | None,
+    typer.Option(metavar="COMMAND", help="Search weights: 'score.py {}' prints how good the adapter at {} is."),
+]
 Limit = Annotated[int, typer.Option("--limit", help="How many to show.")]
 
 

@@ -55,7 +55,9 @@ def card(made: Mapping[str, Any], adapter: Adapter, *, command: str, library: st
         f"| {one['energy']:.6f} |"
         for name, one in made["modules"].items()
     )
-    options = ", ".join(f"{key}={value}" for key, value in made["options"].items()) or "none"
+    plain = {key: value for key, value in made["options"].items() if key != "search" and value is not None}
+    options = ", ".join(f"{key}={value}" for key, value in plain.items()) or "none"
+    searched = _searched(made["options"].get("search"))
     versions = ", ".join(f"{key} {value}" for key, value in made["versions"].items())
     return f"""---
 library_name: {library}
@@ -65,7 +67,7 @@ library_name: {library}
 
 {_summary(made["inputs"])}
 
-Made by lorahub: method `{made["method"]}`, options {options} ({versions}).
+Made by lorahub: method `{made["method"]}`, options {options} ({versions}).{searched}
 
     {command}
 
@@ -88,3 +90,13 @@ def _summary(inputs: Sequence[Mapping[str, Any]]) -> str:
         f"{one['name']} ({one['description'].rstrip('.')})" if one["description"] else one["name"] for one in inputs
     )
     return f"A merge of {', '.join(said)}."
+
+
+def _searched(search: Mapping[str, Any] | None) -> str:
+    """How the weights were found, if they were searched."""
+    if not search:
+        return ""
+    return (
+        f"\nIts weights were chosen by `{search['metric']}`: {search['score']:.6g}, from {search['start_score']:.6g} "
+        f"at the start, in {search['evaluations']} evaluations (seed {search['seed']})."
+    )

@@ -216,6 +216,35 @@ def test_every_method_can_be_called_with_its_seed_and_weights_recorded(call, she
         torch.testing.assert_close(got.dense(), wanted.dense(), rtol=1e-3, atol=1e-3)
 
 
+def test_weights_can_be_searched_on_a_command(call, shelf: Path, tmp_path: Path) -> None:
+    call("add", shelf)
+    script = tmp_path / "score.py"
+    script.write_text(  # best where the first adapter alone is left
+        "import sys\n"
+        "from safetensors.numpy import load_file\n"
+        f"paths = sys.argv[1], {str(shelf / 'letters')!r}\n"
+        f"stem = 'base_model.model.{NAMES[0]}'\n"
+        "tables = [load_file(f'{path}/adapter_model.safetensors') for path in paths]\n"
+        "a, b = (t[f'{stem}.lora_B.weight'] @ t[f'{stem}.lora_A.weight'] for t in tables)\n"
+        "print('distance', abs(a - b).sum())\n"
+        "print(-abs(a - b).sum())\n"
+    )
+    command = f"{sys.executable} {script} {{}}"
+    arguments = ["letters", "mails", "--optimize", command, "--evaluations", "12", "--seed", "3", "--json"]
+    code, out, said = call("merge", *arguments, "--out", tmp_path / "m")
+    assert code == 0, said
+    made = json.loads(out)
+    search = made["options"]["search"]
+    assert search["score"] >= max(trial["score"] for trial in search["trace"][:2])
+    assert search["score"] > search["start_score"]
+    assert [one["weight"] for one in made["inputs"]] == search["weights"]
+    assert f"{search['score']:.6g}" in (tmp_path / "m" / "README.md").read_text()
+    assert "trace" not in (tmp_path / "m" / "README.md").read_text()
+    code, _, said = call("merge", "letters", "mails", "--optimize", "true {}", "--out", tmp_path / "n")
+    assert (code, len(said.strip().splitlines())) == (1, 1)
+    assert not (tmp_path / "n").exists()
+
+
 def test_convert_keeps_the_delta_and_tag_and_remove_leave_files_alone(call, shelf: Path, tmp_path: Path) -> None:
     call("add", shelf)
     assert call("convert", "letters", "--out", tmp_path / "c", "--dtype", "float16")[0] == 0
