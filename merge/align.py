@@ -92,18 +92,22 @@ def reconciled(
     weights: Sequence[float],
     combine: Callable[[list[LowRank]], LowRank],
     rank: Callable[[list[Shape]], int],
+    *,
     limit: int | None = None,
+    energy: float | None = None,
 ) -> Mapping[str, LowRank]:
     """As `by_module`, for methods that settle conflicts between deltas: `combine` gets them with their weights on.
 
-    A module that one adapter alone holds has no conflict to settle: it is passed on, at most truncated to `limit`.
+    A module that one adapter alone holds has no conflict to settle: it is passed on, at most truncated to `limit` and
+    the share `energy`. With `energy` ranks cannot be foretold.
     """
 
     def settle(parts: list[LowRank], shares: list[float]) -> LowRank:
         deltas = [part.scaled(share) for part, share in zip(parts, shares, strict=True)]
-        if len(deltas) == 1:
-            return deltas[0] if limit is None or deltas[0].rank <= limit else deltas[0].truncate(limit)
-        return replace(combine(deltas), kernel=max((part.kernel for part in parts), key=len))
+        if len(deltas) > 1:
+            return replace(combine(deltas), kernel=max((part.kernel for part in parts), key=len))
+        fits = energy is None and (limit is None or deltas[0].rank <= limit)
+        return deltas[0] if fits else deltas[0].truncate(limit, energy=energy)
 
     def foretold(shapes: list[Shape]) -> int:
         if len(shapes) > 1:
@@ -111,7 +115,7 @@ def reconciled(
         only = shapes[0]
         return only.rank if limit is None or only.rank <= limit else min(limit, only.outputs, only.inputs)
 
-    return by_module(adapters, weights, settle, foretold)
+    return by_module(adapters, weights, settle, foretold if energy is None else None)
 
 
 def _holders(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, list[int]]:

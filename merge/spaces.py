@@ -47,7 +47,7 @@ def united(
     """
     wide = [part.wide() for part in parts]
     chances = chances_of(parts, seed)
-    size = foretold([part.shape for part in parts], space, rank)
+    size = foretold([part.shape for part in parts], space, rank, gauge)
     if space == "delta":
         up, down = _in_delta(wide, rule, chances, size)
         return replace(parts[0], up=up, down=down, scale=1.0)
@@ -56,12 +56,14 @@ def united(
     return merged.truncate(size) if space == "core" or size < merged.rank else merged
 
 
-def foretold(shapes: Sequence[Shape], space: str, rank: int | None) -> int:
+def foretold(shapes: Sequence[Shape], space: str, rank: int | None, gauge: str = "svd") -> int:
     """The rank of what `united` returns."""
-    ranks = [shape.rank for shape in shapes]
-    own = max(ranks) if space == "factors" else sum(ranks)
-    limit = own if rank is None else min(rank, own)
-    return limit if space == "factors" else min(limit, shapes[0].outputs, shapes[0].inputs)
+    room = min(shapes[0].outputs, shapes[0].inputs)
+    if space == "factors":
+        own = max(min(shape.rank, room) if gauge == "svd" else shape.rank for shape in shapes)
+        return own if rank is None or rank >= own else min(rank, room)
+    own = min(sum(shape.rank for shape in shapes), room)
+    return own if rank is None else min(rank, own)
 
 
 def check_space(space: str, gauge: str) -> None:

@@ -354,3 +354,7 @@ def test_a_flat_spectrum_of_few_directions_has_the_leading_ones() -> None:
     u, s, vh = torch.linalg.svd(merged(inputs, [1.0] * 3, method="tsv", keep=1.0)["m"])
     wanted = s[:5].mean() * u[:, :5] @ vh[:5]
     close(merged(inputs, [1.0] * 3, method="core", rule="tsv_iso", rank=5), {"m": wanted})
+    total = weighted_sum(inputs, [1.0] * 3)["m"]
+    kept = merge(inputs, "core", given={"rule": "iso", "energy": 0.9}).adapter.modules["m"]
+    values = torch.linalg.svdvals(total) ** 2
+    assert float(values[: kept.rank].sum()) >= 0.9 * float(values.sum()) > float(values[: kept.rank - 1].sum())

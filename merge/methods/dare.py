@@ -39,7 +39,7 @@ def dare(
             adapters,
             weights,
             lambda parts: united(parts, rule, space, gauge=gauge, rank=rank, seed=seed),
-            lambda shapes: foretold(shapes, space, rank),
+            lambda shapes: foretold(shapes, space, rank, gauge),
             limit=rank,
         )
     )

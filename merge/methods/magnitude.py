@@ -36,7 +36,7 @@ def magnitude(
             adapters,
             weights,
             lambda parts: united(parts, rule, space, gauge=gauge, rank=rank),
-            lambda shapes: foretold(shapes, space, rank),
+            lambda shapes: foretold(shapes, space, rank, gauge),
             limit=rank,
         )
     )

@@ -38,7 +38,7 @@ def ties(
             adapters,
             weights,
             lambda parts: united(parts, rule, space, gauge=gauge, rank=rank),
-            lambda shapes: foretold(shapes, space, rank),
+            lambda shapes: foretold(shapes, space, rank, gauge),
             limit=rank,
         )
     )
