@@ -1,6 +1,7 @@
 """Fidelity: how far a merge lies from the exact weighted sum, per module and in all.
 
-Everything is computed from Gram matrices of thin factors in float64, so it costs little and forms no dense matrix.
+Everything is computed from Gram matrices of thin factors, so it costs little and forms no dense matrix: in float32
+where the result is far from the sum, and in float64 where digits cancel.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ..hub.lowrank import LowRank, concat
+from ..hub.lowrank import LowRank
+from .stack import Stack, take
 
 _ROUNDING = 1e-5  # of the inputs' norm: what rounding may leave where they cancel
+_FAR = 1e-2  # of squared norms: what is less is computed in float64
 _FLOOR = 1e-6  # of the inputs' norm: below it an exact sum counts as zero, and errors are relative to the inputs
 
 
@@ -48,9 +51,14 @@ class _Sums:
         self.inner += other.inner
         self.inputs += other.inputs
 
+    @property
+    def distance(self) -> float:
+        """Squared: of the result from the sum."""
+        return max(self.target - 2 * self.inner + self.result, 0.0)
+
     def fidelity(self) -> Fidelity:
         target, result = math.sqrt(max(self.target, 0.0)), math.sqrt(max(self.result, 0.0))
-        distance = math.sqrt(max(self.target - 2 * self.inner + self.result, 0.0))
+        distance = math.sqrt(self.distance)
         inputs = math.sqrt(max(self.inputs, 0.0))
         if target <= _FLOOR * inputs:  # the inputs cancel, or are nothing: what is left of them has no direction
             error = distance / inputs if inputs else (math.inf if result else 0.0)
@@ -69,16 +77,14 @@ class Report:
 
     def record(self, name: str, parts: Sequence[LowRank], weights: Sequence[float], result: LowRank) -> None:
         """Compare one module of the result, as it will be stored, with the exact sum of its inputs."""
-        target = concat(parts, weights)
+        stack = take(parts)
+        scales = stack.by_term([part.scale * weight for part, weight in zip(parts, weights, strict=True)])
         self.ranks[name] = result.rank
-        products = _products(target, result)
-        whole, edges = target.rank, [0, *accumulate(part.rank for part in parts)]
-        self._sums[name] = _Sums(
-            target=float(products[:whole, :whole].sum()),
-            result=float(products[whole:, whole:].sum()),
-            inner=float(products[:whole, whole:].sum()),
-            inputs=sum(float(products[i:j, i:j].sum()) for i, j in pairwise(edges)),
-        )
+        exact = result.rank >= len(scales)  # then it may be the sum itself
+        sums, size = _compare(stack, scales, result, exact=exact)
+        if not exact and not min(sums.target, sums.distance) > _FAR * size:
+            sums, _ = _compare(stack, scales, result, exact=True)
+        self._sums[name] = sums
 
     @property
     def modules(self) -> dict[str, Fidelity]:
@@ -94,12 +100,20 @@ class Report:
         return whole.fidelity()
 
 
-def _products(target: LowRank, result: LowRank) -> Tensor:
-    """Inner products of all rank-one terms of both deltas, in float64: (ranks, ranks), the target's first.
-
-    Sums over its blocks are the deltas' inner products; one Gram matrix a side serves them all.
-    """
-    folded = result.folded()
-    up = torch.cat([target.up.double(), folded.up.double()], dim=1)
-    down = torch.cat([target.down.double(), folded.down.double()])
-    return (up.T @ up) * (down @ down.T)
+def _compare(stack: Stack, scales: Tensor, result: LowRank, *, exact: bool) -> tuple[_Sums, float]:
+    """Sums of inner products of rank-one terms, those of the stack times `scales` and the result's; and the sum of
+    the terms' own squared norms, which rounding errors are relative to."""
+    dtype = torch.float64 if exact else stack.down.dtype
+    down, up = result.down.to(dtype), result.up.to(dtype)
+    downs, ups = stack.exact_products if exact else stack.products
+    target = downs * ups * torch.outer(scales, scales)
+    inner = (stack.down.to(dtype) @ down.T).double() * (stack.up.to(dtype).T @ up).double()
+    own = (down @ down.T).double() * (up.T @ up).double()
+    edges = [0, *accumulate(stack.ranks)]
+    sums = _Sums(
+        target=float(target.sum()),
+        result=result.scale**2 * float(own.sum()),
+        inner=result.scale * float(scales @ inner.sum(dim=1)),
+        inputs=sum(float(target[i:j, i:j].sum()) for i, j in pairwise(edges)),
+    )
+    return sums, float(target.trace()) + result.scale**2 * float(own.trace())
