@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def merge(
     refs: options.Refs,
     out: options.Out,
-    method: Annotated[str, typer.Option(help="The merging method.")] = "exact",
+    method: Annotated[
+        str | None, typer.Option(help="The merging method; default: exact where there are weights, else core.")
+    ] = None,
     weight: options.Weights = None,
     where: options.Where = None,
     rank: Annotated[int | None, typer.Option(help="Largest rank of the result.")] = None,
@@ -43,12 +45,14 @@ def merge(
     json: options.Json = False,
 ) -> None:
     """Merge adapters of one base into one file, exactly or by a method, and report how exact the result is."""
+    from ..merge.advise import by_default
     from ..merge.run import merge as merge_adapters
     from .make import check_name, dtype_of, remember
-    from .refs import find, load, weights_of
+    from .refs import any_weight, find, load, weights_of
 
     algebra_on_one_thread()
     names, weights = weights_of(refs, weight or [])
+    method = method or by_default(len(names), weighted=bool(weight or where) or any_weight(refs))
     given: dict[str, Any] = options.pairs(option)
     given |= {key: value for key, value in (("rank", rank), ("energy", energy)) if value is not None}
     settings: dict[str, Any] = {"dtype": dtype_of(dtype), "extras": extras, "base": base}

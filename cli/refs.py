@@ -112,3 +112,8 @@ def weights_of(refs: Sequence[str], weights: Sequence[float]) -> tuple[list[str]
         else [1.0 if weight is None else weight for weight in inline]
     )
     return [ref for ref, _ in split], chosen
+
+
+def any_weight(refs: Sequence[str]) -> bool:
+    """Whether a weight is written behind any of the references."""
+    return any(weighted(ref)[1] is not None for ref in refs)

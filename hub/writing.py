@@ -95,7 +95,7 @@ def save(
     alone = file == out and to != "peft"
     if not adapter.shapes:
         raise IncompatibleAdapters(f"{adapter.name}: has no modules to write")
-    adapter = _with_pointwise(adapter)
+    adapter = with_pointwise(adapter)
     with replacing(out, force=force) as place:
         weights = place if alone or to == "peft" else place / file.name
         if not alone:
@@ -108,7 +108,7 @@ def save(
     return file
 
 
-def _with_pointwise(adapter: Adapter) -> Adapter:
+def with_pointwise(adapter: Adapter) -> Adapter:
     """The adapter, with linear maps that its base has as 1x1 convolutions in that shape: loaders insist on it."""
     source, shapes = adapter.modules, dict(adapter.shapes)
     convolutions = {n for n, shape in shapes.items() if not shape.kernel and pointwise(n, adapter.base)}

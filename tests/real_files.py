@@ -33,5 +33,6 @@ def injected(model: torch.nn.Module, adapter: str) -> Deltas:
     for name, layer in model.named_modules():
         if adapter in getattr(layer, "lora_A", ()):
             delta = layer.get_delta_weight(adapter).detach()
-            found[name.removeprefix("base_model.model.")] = delta.T if getattr(layer, "fan_in_fan_out", False) else delta
+            turned = getattr(layer, "fan_in_fan_out", False)
+            found[name.removeprefix("base_model.model.")] = delta.T if turned else delta
     return found

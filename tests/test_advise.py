@@ -56,11 +56,6 @@ def mixed(share: float, seed: int, *, called: str) -> Adapter:
     return alone(joined, called=called)
 
 
-def meeting(seed: int) -> Adapter:
-    """It writes where the others do and reads elsewhere."""
-    return alone(replace(low_rank(LARGE, 4, seed=seed), up=low_rank(LARGE, 4, seed=1).up))
-
-
 CASES: Sequence[tuple[str, list[Adapter], list[float]]] = [
     ("alone", [adapter()], [1.0]),
     ("disjoint", [adapter("words"), adapter("conv.wide")], [1.0, 1.0]),
@@ -69,7 +64,6 @@ CASES: Sequence[tuple[str, list[Adapter], list[float]]] = [
     ("cancelling", [mixed(0.8, 5, called="a"), mixed(-0.8, 6, called="b")], [1.0, 1.0]),
     ("clashing", [mixed(0.4, 5, called="a"), mixed(-0.4, 6, called="b")], [1.0, 1.0]),
     ("apart", [alone(low_rank(LARGE, 4, seed=s)) for s in (5, 6, 7)], [1.0] * 3),
-    ("meeting", [meeting(5), meeting(6)], [1.0, 1.0]),
     ("related", [mixed(0.5, 5, called="a"), mixed(0.5, 6, called="b")], [1.0, 1.0]),
 ]
 

@@ -216,6 +216,20 @@ def test_every_method_can_be_called_with_its_seed_and_weights_recorded(call, she
         torch.testing.assert_close(got.dense(), wanted.dense(), rtol=1e-3, atol=1e-3)
 
 
+def test_weights_ask_for_a_sum_and_no_weights_for_one_that_can_all(call, shelf: Path, tmp_path: Path) -> None:
+    both, out = (shelf / "letters", shelf / "mails"), ("--out", tmp_path / "m", "--force", "--json")
+
+    def method(*arguments: object) -> str:
+        code, said, error = call("merge", *arguments, *out)
+        assert code == 0, error
+        return str(json.loads(said)["method"])
+
+    assert method(*both) == method(*both, "--rank", "2") == "core"
+    assert method(both[0]) == "exact"
+    assert method(f"{both[0]}:1", both[1]) == method(*both, "-w", "1") == method(*both, "--where", "*=1,1") == "exact"
+    assert method(*both, "-w", "1", "--method", "ties") == "ties"
+
+
 def test_weights_can_be_searched_on_a_command(call, shelf: Path, tmp_path: Path) -> None:
     call("add", shelf)
     script = tmp_path / "score.py"

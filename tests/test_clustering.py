@@ -52,13 +52,20 @@ def test_inertia_is_no_worse_than_scikit_learns(kind: str, shape: tuple[int, int
         assert found.inertia == pytest.approx(inertia(some, found.labels), rel=1e-6)
 
 
-def test_inertia_is_lower_than_scikit_learns_on_the_whole() -> None:
-    """What moves of single points and swaps of whole clusters are for."""
+def test_moves_of_single_points_lower_the_inertia() -> None:
+    """Below what Lloyd's iteration reaches, on the whole: scikit-learn's is that alone."""
     ratios = []
     for seed in range(15):
         some = points("normal", 40, 6, 8, seed)
         ratios.append(clustered(some, 8).inertia / KMeans(8, n_init=10, random_state=seed).fit(some).inertia_)
-    assert np.mean(ratios) < 0.97
+    assert np.mean(ratios) < 0.95
+
+
+def test_swaps_of_clusters_mend_what_all_restarts_missed() -> None:
+    for seed in range(15):
+        some = points("apart", 100, 3, 20, seed)
+        theirs = KMeans(20, n_init=10, random_state=seed).fit(some).inertia_
+        assert clustered(some, 20).inertia <= 1.01 * theirs
 
 
 def test_clusters_that_lie_apart_are_found() -> None:

@@ -268,7 +268,7 @@ def test_the_result_is_the_definition_on_scikit_learns_clusters(
 
 def test_terms_that_differ_little_are_told_apart() -> None:
     """Adapters trained from one beginning: all terms lie close together, and float32's products could not see how."""
-    parts = [replace(part, down=part.down + 1000) for part in kin(4, 6)]
+    parts = [replace(part, down=part.down + 10000) for part in kin(4, 6)]
     found = terms(parts, [1.0] * 4)
     labels = theirs([torch.cat(term) for term in found], 6).labels_
     assert distance(built(parts), written_out(found, labels.tolist(), 6, "inf", 1.0)) < 1e-6

@@ -168,7 +168,7 @@ def _means(pool: _Pool, clusters: Clusters, reweight: str) -> tuple[Tensor, Tens
     if reweight == "none":
         return down, up
     if reweight == "inf":
-        members, length = pool.peaks(), torch.maximum(_peaks(down, 1), _peaks(up, 0))
+        members, length = pool.peaks(), torch.maximum(_peaks(down, 1), _peaks(up.T.contiguous(), 1))
     else:
         members, length = torch.hypot(*pool.norms()), torch.hypot(down.norm(dim=1), up.norm(dim=0))
     wanted = member @ members
