@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..hub.errors import LoraHubError
-from . import analyze, combine, files, find, library, make, tour
+from . import analyze, combine, compress, files, find, library, make, tour
 
 INTERRUPTED = 130
 
@@ -35,6 +35,7 @@ for command in (
     files.check,
     analyze.analyze,
     combine.merge,
+    compress.compress,
     files.convert,
     make.generate,
     tour.demo,

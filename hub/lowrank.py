@@ -137,7 +137,7 @@ class LowRank:
         u, values, vh = torch.linalg.svd(left.core @ right.core.T * wide.scale, full_matrices=False)
         keep = min(rank or len(values), len(values))
         if energy is not None:
-            keep = min(keep, _rank_for(values, energy))
+            keep = min(keep, rank_for(values, energy))
         u, v = left.lift(u[:, :keep]), right.lift(vh[:keep].T)
         peaks = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).squeeze(0)
         signs = torch.where(peaks < 0, -1.0, 1.0).to(u.dtype)
@@ -153,6 +153,27 @@ class LowRank:
         u, values, vh = self.svd(rank, energy=energy)
         roots = values.sqrt()
         return replace(self, up=u * roots, down=roots[:, None] * vh, scale=1.0)
+
+    def sketch(self, rank: int, *, oversample: int = 16, iterations: int = 4, seed: int = 0) -> LowRank:
+        """Nearly `truncate(rank)`, by a randomised SVD (Halko, Martinsson and Tropp 2011), in the same gauge.
+
+        For factors too wide to decompose: O((out + in) * own rank * (rank + oversample)) a pass, no QR of a factor.
+        Subspace iteration on rank + `oversample` random directions; what is lost beyond the optimum falls with both.
+        Raises BadOption for numbers outside their range.
+        """
+        check_limits(rank, None)
+        if oversample < 0 or iterations < 0:
+            raise BadOption(f"oversample is {oversample}, iterations {iterations}; expected numbers of at least 0")
+        wide = self.wide()
+        width = min(rank + oversample, wide.up.shape[0], wide.down.shape[1])
+        chance = torch.Generator().manual_seed(seed)
+        start = torch.randn(wide.down.shape[1], width, generator=chance, dtype=torch.float64)
+        basis = start.to(wide.down)
+        for _ in range(iterations + 1):
+            image = torch.linalg.qr(wide.up @ (wide.down @ basis)).Q
+            basis = torch.linalg.qr(wide.down.T @ (wide.up.T @ image)).Q
+        projected = wide.up @ (wide.down @ basis)
+        return replace(wide, down=basis.T, up=projected).truncate(rank)
 
     def _check_fits(self, other: LowRank) -> None:
         if not self.shape.fits(other.shape):
@@ -209,7 +230,8 @@ def concat(parts: Sequence[LowRank], weights: Sequence[float] | None = None) -> 
     )
 
 
-def _rank_for(values: Tensor, energy: float) -> int:
+def rank_for(values: Tensor, energy: float) -> int:
+    """How many of the descending singular values it takes for the share `energy` of their sum of squares."""
     kept = torch.cumsum(values.double() ** 2, dim=0)
     if not float(kept[-1]):
         return 1
