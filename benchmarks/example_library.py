@@ -94,20 +94,22 @@ def _lesson(number: int, spec: Mapping[str, Any], data: Path) -> Lesson:
     return Lesson(task, train, spec["source"], seed=number)
 
 
-def train(model: SentenceModel, lesson: Lesson, seed: int, steps: int) -> dict[str, Tensor]:
-    """PEFT's tensors of the adapter trained on one lesson."""
+def train(
+    model: SentenceModel, lessons: Sequence[Lesson], seed: int, steps: int, rank: int = RANK
+) -> dict[str, Tensor]:
+    """PEFT's tensors of the adapter trained on one lesson, or on several in turn; each step is one lesson's."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
     torch.manual_seed(seed)
     draw = random.Random(seed)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["query", "value"])
+    config = LoraConfig(r=rank, lora_alpha=rank * ALPHA // RANK, target_modules=["query", "value"])
     adapted = get_peft_model(copy.deepcopy(model.encoder), config)
     factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    labels = lesson.task.labels
-    piles = [[text for text, name in lesson.train if name == label] for label in labels]
-    for _ in range(steps):
+    pupils = [(lesson.task.labels, _piles(lesson)) for lesson in lessons]
+    for step in range(steps):
+        labels, piles = pupils[step % len(pupils)]
         targets = [draw.randrange(len(labels)) for _ in range(BATCH)]
         sentences = [draw.choice(piles[target]) for target in targets]
         with torch.autocast("cpu", torch.bfloat16):
@@ -120,6 +122,11 @@ def train(model: SentenceModel, lesson: Lesson, seed: int, steps: int) -> dict[s
     return get_peft_model_state_dict(adapted, save_embedding_layers=False)  # type: ignore[no-any-return]
 
 
+def _piles(lesson: Lesson) -> list[list[str]]:
+    """The sentences to train on, label by label."""
+    return [[text for text, name in lesson.train if name == label] for label in lesson.task.labels]
+
+
 def _vectors(encoder: nn.Module, model: SentenceModel, sentences: Sequence[str]) -> Tensor:
     ids, mask = model.tokens(sentences)
     states: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -127,7 +134,7 @@ def _vectors(encoder: nn.Module, model: SentenceModel, sentences: Sequence[str])
     return vectors
 
 
-def write_adapter(folder: Path, state: Mapping[str, Tensor]) -> None:
+def write_adapter(folder: Path, state: Mapping[str, Tensor], rank: int = RANK) -> None:
     """A PEFT directory in float16 with scale 1: half of alpha / rank, as a root, in either factor."""
     from safetensors.torch import save
 
@@ -139,10 +146,10 @@ def write_adapter(folder: Path, state: Mapping[str, Tensor]) -> None:
         "base_model_name_or_path": BASE,
         "bias": "none",
         "inference_mode": True,
-        "lora_alpha": RANK,
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
-        "r": RANK,
+        "r": rank,
         "target_modules": ["query", "value"],
         "task_type": "FEATURE_EXTRACTION",
     }
@@ -207,7 +214,7 @@ def learn(model: SentenceModel, lesson: Lesson, out: Path, steps: int, seeds: in
     with tempfile.TemporaryDirectory() as scratch:
         for run in range(seeds):
             folder = out / task.name if run == 0 else Path(scratch) / str(run)
-            write_adapter(folder, train(model, lesson, lesson.seed + 1000 * run, steps))
+            write_adapter(folder, train(model, [lesson], lesson.seed + 1000 * run, steps))
             reached.append(model.accuracy(read(folder), task))
     row = Row(
         name=task.name,
