@@ -99,7 +99,7 @@ def compress(
 
 def bytes_of(text: str) -> int:
     """A file size as people write it: 8MB, 500kB (thousands), 4MiB (of 1024), or plain bytes. Raises BadOption."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg]i?)?b?)", text.strip().lower())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kmg]i?)?b?", text.strip().lower())
     size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
     if size < 1:
         raise BadOption(f"--max-size is {text!r}; expected a size such as 8MB, 500kB, 4MiB or a number of bytes")

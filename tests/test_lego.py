@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lorahub.hub.adapter import Adapter
-from lorahub.hub.errors import BadOption
+from lorahub.hub.errors import BadOption, FormatError
 from lorahub.hub.lowrank import LowRank
 from lorahub.merge.methods.lego import lego
 from lorahub.merge.run import merge
@@ -327,6 +327,30 @@ def test_a_mean_that_is_nothing_is_not_blown_up(reweight: str) -> None:
     part = low_rank(PLACE, 1)
     opposite = replace(part, down=-part.down * (1 + 1e-7), up=-part.up)
     assert float(delta(built([part, opposite], reweight=reweight)).norm()) < 1e-9 * part.norm()
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("reweight", REWEIGHTS)
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_halves_of_very_different_lengths_are_no_trouble(features: str, reweight: str, size: float) -> None:
+    part = low_rank(PLACE, 5)
+    far = replace(part, down=part.down * size, up=part.up / size)
+    copies = [shuffled(far, seed) for seed in range(3)]
+    assert distance(built(copies, features=features, reweight=reweight), delta(part)) < 1e-5
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("features", FEATURES)
+def test_what_is_no_number_is_refused(number: float, features: str) -> None:
+    broken = adapter("layer.0.query", seed=1)
+    broken.modules["layer.0.query"].down[0, 0] = number
+    with pytest.raises(FormatError, match="NaN or Inf"):
+        merged(
+            [broken, adapter("layer.0.query"), adapter("layer.0.query", seed=2)],
+            [1.0] * 3,
+            method="lego",
+            features=features,
+        )
 
 
 def test_all_weights_zero_give_nothing() -> None:

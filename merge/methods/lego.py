@@ -99,8 +99,7 @@ class _Pool:
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """Euclidean norms of the terms' halves: (terms,) each."""
-        downs, ups = self.stack.products
-        return self.down.abs() * downs.diagonal().sqrt(), self.up.abs() * ups.diagonal().sqrt()
+        return self.down.abs() * _lengths(self.stack.down, 1), self.up.abs() * _lengths(self.stack.up, 0)
 
     def peaks(self) -> Tensor:
         """The largest absolute entry of each term: (terms,)."""
@@ -121,6 +120,12 @@ class _Pool:
         """Inner products of the terms as vectors [down; up]: (terms, terms)."""
         downs, ups = self.stack.exact_products if exact else self.stack.products
         return downs * torch.outer(self.down, self.down) + ups * torch.outer(self.up, self.up)
+
+
+def _lengths(matrix: Tensor, dim: int) -> Tensor:
+    """Euclidean norms in float64, where the squares of all numbers that float32 holds have room."""
+    lengths: Tensor = torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64)
+    return lengths
 
 
 def _peaks(matrix: Tensor, dim: int) -> Tensor:
@@ -170,7 +175,7 @@ def _means(pool: _Pool, clusters: Clusters, reweight: str) -> tuple[Tensor, Tens
     if reweight == "inf":
         members, length = pool.peaks(), torch.maximum(_peaks(down, 1), _peaks(up.T.contiguous(), 1))
     else:
-        members, length = torch.hypot(*pool.norms()), torch.hypot(down.norm(dim=1), up.norm(dim=0))
+        members, length = torch.hypot(*pool.norms()), torch.hypot(_lengths(down, 1), _lengths(up, 0))
     wanted = member @ members
     kept = (sizes > 1) & (length > _NOTHING * wanted)
     factor = torch.where(kept, wanted / length, 1.0).to(dtype)
