@@ -3,8 +3,8 @@
 (a) One linear layer of 4096 x 4096 (2048 x 2048 with --quick), rank 64 to 16, all in one process: lorahub's truncation,
 the public call with its report, the sketch for wide factors, then on the dense delta torch's SVD, its randomised SVD,
 and PEFT's way to the same (`add_weighted_adapter` of one adapter, "svd"). Every row begins with the factors and ends
-with factors of rank 16. Error: ||got - delta|| / ||delta||, multiplied out in float64. lorahub's rows run on one thread,
-the others on as many as --threads says, by default on all cores.
+with factors of rank 16. Error: ||got - delta|| / ||delta||, multiplied out in float64. lorahub's rows run on one
+thread, the others on as many as --threads says, by default on all cores.
 
 (b) Real adapter files, found below --adapters: the same number of parameters, spent as one rank for all modules, as one
 share of energy for each module, and as one budget over all modules. Error: relative, over all modules, of what is
