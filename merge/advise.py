@@ -17,7 +17,10 @@ COPY = 0.9  # every cosine above: the deltas are nearly one
 SHARED = 0.1  # cosines, and overlaps beyond chance, below it count as none
 CANCELLED = 0.5  # interference below: the sum is weaker than half of what orthogonal deltas give
 CLASH = 0.55  # share of clashing size above: more than the half that independent deltas have
-MEASURED = "Of eight such experts of one base the core kept most (benchmarks/merging.py)"
+MEASURED = (
+    "Measured on eight experts of one base with cosines below 0.04 (benchmarks/merging.py): at weight 1 the core keeps "
+    "92.7 % of the experts' own accuracy and the sum 78.4 %, each at its best weight 93.9 % and 87.6 %"
+)
 UNEVEN = 5.0  # norms further apart than this factor: the stronger adapter drowns the weaker
 
 
