@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import count
 from json import dumps as as_text
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -51,18 +52,13 @@ def compress(
 ) -> None:
     """Make an adapter smaller: the nearest one of a rank, a share of energy, a number of parameters or a file size."""
     from ..hub.reading import inspect
-    from ..hub.writing import save
     from ..merge.card import Ingredient
     from ..merge.compress import compress as compress_adapter
-    from ..merge.compress import read_all
     from . import show
     from .make import check_name, dtype_of, fitting_format, remember
     from .refs import find, load
 
-    limits = {"rank": rank, "energy": energy, "budget-params": budget_params, "max-size": max_size}
-    given = {key: value for key, value in limits.items() if value is not None}
-    if len(given) != 1:
-        raise BadOption("give exactly one of --rank, --energy, --budget-params and --max-size")
+    given = _only({"rank": rank, "energy": energy, "budget-params": budget_params, "max-size": max_size})
     size = bytes_of(max_size) if max_size is not None else None
     if out.exists() and not (force or dry_run):  # before any work
         raise TargetExists(f"{out}: exists already; choose another --out, or --force to replace it")
@@ -83,18 +79,38 @@ def compress(
         def facts() -> dict[str, Any]:
             return _facts(made, origin, given, before, target)
 
-        path = out
-        if dry_run:
-            read_all(made.adapter)
-        else:
-            path = save(made.adapter, out, target, force=force, card=lambda: _card(facts(), made))
-            assert inspect(path).size == facts()["bytes"]["after"], f"{path}: has another size than was planned"
-            remember(catalog, path, name, "compress", [(source, 1.0)], facts(), base=adapter.base)
-    table = facts()
+        path = _carry_out(made, facts, None if dry_run else out, target, force=force) or out
+        table = facts()
+        if not dry_run:
+            remember(catalog, path, name, "compress", [(source, 1.0)], table, base=adapter.base)
     if json:
         show.as_json({"out": str(path), **table, "modules": len(made.adapter.shapes), "per_module": table["modules"]})
     else:
         _print(table, made, f"{'would write' if dry_run else 'wrote'} {path}")
+
+
+def _only(limits: Mapping[str, Any]) -> dict[str, Any]:
+    """The one limit that was given. Raises BadOption where there is none, or are several."""
+    given = {key: value for key, value in limits.items() if value is not None}
+    if len(given) != 1:
+        raise BadOption("give exactly one of --rank, --energy, --budget-params and --max-size")
+    return given
+
+
+def _carry_out(
+    made: Compressed, facts: Callable[[], dict[str, Any]], out: Path | None, target: str, *, force: bool
+) -> Path | None:
+    """Write the result with its card and return where it lies; with `out` None only read it, for its report."""
+    from ..hub.reading import inspect
+    from ..hub.writing import save
+    from ..merge.compress import read_all
+
+    if out is None:
+        read_all(made.adapter)
+        return None
+    path = save(made.adapter, out, target, force=force, card=lambda: _card(facts(), made))
+    assert inspect(path).size == facts()["bytes"]["after"], f"{path}: has another size than was planned"
+    return path
 
 
 def bytes_of(text: str) -> int:
