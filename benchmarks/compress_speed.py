@@ -1,9 +1,9 @@
 """How fast compressing is, against decomposing the multiplied-out delta; and what a budget gains when it is global.
 
 (a) One linear layer of 4096 x 4096 (2048 x 2048 with --quick), rank 64 to 16, all in one process: lorahub's truncation,
-the public call with its report, the sketch for wide factors, then on the dense delta torch's SVD, its randomised SVD,
-and PEFT's way to the same (`add_weighted_adapter` of one adapter, "svd"). Every row begins with the factors and ends
-with factors of rank 16. Error: ||got - delta|| / ||delta||, multiplied out in float64. lorahub's rows run on one
+the public call with its report, the sketch for wide factors, then on the dense delta torch's SVD and its randomised
+SVD. (PEFT's `add_weighted_adapter` leaves the rank of a single adapter as it is.) Every row begins with the factors and
+ends with factors of rank 16. Error: ||got - delta|| / ||delta||, multiplied out in float64. lorahub's rows run on one
 thread, the others on as many as --threads says, by default on all cores.
 
 (b) Real adapter files, found below --adapters: the same number of parameters, spent as one rank for all modules, as one
@@ -78,34 +78,6 @@ def dense_rows(module: LowRank) -> Iterator[tuple[str, Callable[[], LowRank]]]:
     yield "dense: svd_lowrank", randomised
 
 
-def peft_row(module: LowRank) -> Callable[[], LowRank]:
-    """PEFT's combination of a single adapter at a smaller rank, thin as its options allow."""
-    import torch
-    from lorahub.hub.lowrank import LowRank
-    from peft import LoraConfig, get_peft_model
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(module.down.shape[1], module.up.shape[0], bias=False)
-
-        def forward(self, value: Tensor) -> Tensor:
-            return self.layer(value)  # type: ignore[no-any-return]
-
-    config = LoraConfig(r=FROM_RANK, lora_alpha=2 * FROM_RANK, target_modules=["layer"])
-    model: Any = get_peft_model(Model(), config, adapter_name="0")
-    held = model.base_model.model.layer
-    held.lora_A["0"].weight.data, held.lora_B["0"].weight.data = module.down, module.up
-
-    def work() -> LowRank:
-        options = {"combination_type": "svd", "svd_rank": TO_RANK, "svd_full_matrices": False}
-        model.add_weighted_adapter(["0"], [1.0], "small", **options)
-        factors = held.lora_A["small"].weight.data, held.lora_B["small"].weight.data
-        return LowRank(*factors, held.scaling["small"])
-
-    return work
-
-
 def one_module(size: int, seed: int, threads: int) -> list[Row]:
     """The rows of part (a)."""
     import torch
@@ -133,7 +105,6 @@ def one_module(size: int, seed: int, threads: int) -> list[Row]:
     torch.set_num_threads(threads)
     for name, work in dense_rows(module):
         measure(name, work, 1, warm=False)
-    measure("PEFT svd, svd_full_matrices=False", peft_row(module), 1, warm=False)
     return rows
 
 

@@ -87,10 +87,10 @@ def test_a_recipe_that_wins_on_the_first_seed_only_is_not_chosen() -> None:
 
 
 def test_other_options_are_tried_at_the_norm_of_the_best() -> None:
+    """Density 0.2 is best at weight 0.7, with norm 0.14: density 0.8 has it at 0.175, and 0.2 is nearest to that."""
     tries = searched(Bench())["dense"].tries
-    best = max(recipe.weight for recipe in tries if dict(recipe.options)["density"] == 0.2)
     first = next(recipe for recipe in tries if dict(recipe.options)["density"] == 0.8)
-    assert best > first.weight
+    assert first.weight == 0.2
 
 
 def test_what_refuses_is_left_out() -> None:
