@@ -262,7 +262,7 @@ def measure(arguments: argparse.Namespace) -> Row:
     threads = [1] if arguments.quick else sorted({1, os.cpu_count() or 1})
     kinds, files = [], []
     for seed in range(arguments.seeds):
-        kinds.append([clustering(kind, seed, threads, 3 if arguments.quick else 15) for kind in ("normal", "kin")])
+        kinds.append([clustering(kind, seed, threads, 3 if arguments.quick else 7) for kind in ("normal", "kin")])
         files.append(disk_to_disk(layers, seed, turns))
     clusterings = []
     for rows in zip(*kinds, strict=True):
