@@ -73,12 +73,13 @@ def _small(method: str) -> Grid:
 
 
 def peft_rows(count: int) -> list[Row]:
-    """All types; those that factor a full matrix again do so at the rank that holds the exact sum, and at RANK."""
+    """All types; those that factor a full matrix again do so at the rank that holds the exact sum, and the plain one
+    and the best one also at RANK."""
     found = [Row(f"PEFT {kind}", "peft", kind) for kind in ("linear", "cat")]
     for kind in WITH_DENSITY:
         found.append(Row(f"PEFT {kind}", "peft", kind, over("density", DENSITIES)))
     for kind in ("svd", *(f"{kind}_svd" for kind in WITH_DENSITY)):
-        for rank in (RANK * count, RANK):
+        for rank in (RANK * count, RANK) if kind in ("svd", "ties_svd") else (RANK * count,):
             grid = ({"svd_rank": rank},) if kind == "svd" else over("density", DENSITIES, svd_rank=rank)
             found.append(Row(f"PEFT {kind}, rank {rank}", "peft", kind, grid))
     return found

@@ -15,7 +15,7 @@ from merging_judge import TEST, Job, Outcome, Recipe
 from merging_rows import COMPARED, rows
 from merging_search import Choice, Library, Measure, Row, Search, normalised
 
-COUNTS = (2, 4, 6)
+COUNTS = (2, 4)
 BARE = Recipe("none")
 Scores = Mapping[str, float]
 Line = dict[str, Any]
@@ -67,7 +67,7 @@ class Study:
         }
 
     def _references(self, libraries: Sequence[Library]) -> list[Line]:
-        """The bare model, the experts by themselves, and adapters that were trained on all tasks."""
+        """The bare model, the experts by themselves, and an adapter that was trained on all tasks."""
         own, tasks = self._own(libraries), (*self.tasks, *self.others)
         bare = self._test([()] * len(self.seeds), tasks)
         lines = [line("bare model", bare, own, self.others)]
@@ -75,15 +75,14 @@ class Study:
         for number, task in enumerate(self.tasks):
             singles = [outcomes[number] for outcomes in alone]
             lines.append(line(f"expert for {task}", singles, own, self.others))
-        pairs = [multitask(self.tasks, seed) for seed in self.seeds]
-        for same in zip(*pairs, strict=True):
-            outcomes = self._test([(expert,) for expert in same], tasks)
-            lines.append(line(f"trained on all tasks, rank {same[0].rank}", outcomes, own, self.others))
+        every = [multitask(seed) for seed in self.seeds]
+        outcomes = self._test([(expert,) for expert in every], tasks)
+        lines.append(line(f"trained on all tasks, rank {every[0].rank}", outcomes, own, self.others))
         return lines
 
     def _rounding(self) -> dict[str, float]:
-        """By how much measuring in bfloat16 moves a task's accuracy: the adapters trained on all tasks."""
-        libraries = [(expert,) for expert in multitask(self.tasks, 0)]
+        """By how much measuring in bfloat16 moves a task's accuracy: the adapter trained on all tasks."""
+        libraries = [(multitask(0),)]
         tasks = (*self.tasks, *self.others)
         half, full = (self._test(libraries, tasks, bfloat16=bfloat16) for bfloat16 in (True, False))
         moves = [a.accuracy[t] - b.accuracy[t] for a, b in zip(half, full, strict=True) for t in tasks]
