@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 RANK = 4
-STEPS = 500
+STEPS = 300
 BATCH = 8  # pictures a step
 RATE = 2e-3
 BLANK = 0.1  # share of pictures without words
-PUPILS = 12  # trained at once
+PUPILS = 11  # trained at once
 SUBJECTS = 320  # names of the base's that a style is shown on
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out")
 TEMPLATES = ("{}", "a {}", "{} emoji", "a picture of a {}")

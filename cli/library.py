@@ -13,10 +13,11 @@ from .settings import open_catalog
 
 if TYPE_CHECKING:
     from ..hub.catalog import Catalog
-    from ..hub.entries import Added, Entry
+    from ..hub.entries import Added, Entry, Link
 
 
 MOST_SHOWN = 50  # rows of a long `add`
+MOST_PICTURES = 10
 
 
 def add(
@@ -128,15 +129,26 @@ def show(ref: options.Ref, json: options.Json = False) -> None:
     with open_catalog() as catalog:
         entry = catalog.entry(ref)
         links = catalog.lineage(ref)
-    data = {**asdict(entry), "lineage": [asdict(link) for link in links]}
+        pictures = catalog.pictures(ref)
+    data = {**asdict(entry), "lineage": [asdict(link) for link in links], "pictures": list(map(_picture, pictures))}
     if json:
         screen.as_json(data)
         return
-    screen.fields({key: value for key, value in data.items() if key != "lineage"})
+    screen.fields({key: value for key, value in data.items() if key not in ("lineage", "pictures")})
     for link in links:
         screen.line(
             f"made by {link.operation} from {link.parent_name} ({link.parent_digest[:8]}), weight {link.weight:g}"
         )
+    for one in data["pictures"][:MOST_PICTURES]:
+        screen.line(f"painted {one['out']}: {one['prompt']!r}, weight {one['weight']:g}")
+    if len(pictures) > MOST_PICTURES:
+        screen.line(f"... and {len(pictures) - MOST_PICTURES} older pictures; --json lists all")
+
+
+def _picture(link: Link) -> dict[str, Any]:
+    """A picture that was painted with an adapter, as `show` lists it."""
+    told = {key: link.options.get(key) for key in ("out", "prompt", "seeds")}
+    return {**told, "id": link.child, "weight": link.weight, "created": link.created}
 
 
 def tag(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..hub.errors import LoraHubError
-from . import analyze, combine, compress, files, find, library, make, tour
+from . import analyze, combine, compress, files, find, imagine, library, make, tour
 
 INTERRUPTED = 130
 
@@ -38,6 +38,7 @@ for command in (
     compress.compress,
     files.convert,
     make.generate,
+    imagine.imagine,
     tour.demo,
 ):
     app.command(command.__name__.rstrip("_"))(command)

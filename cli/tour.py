@@ -22,6 +22,8 @@ EXAMPLE = Path(__file__).parent / "example"
 QUERIES = ("is a film worth watching", "help a customer whose card was stolen")
 MERGED = ("clinc-kitchen-and-dining", "clinc-home", "banking77-top-ups")
 FOREIGN = "translate English to French"
+PICTURES = "pictures"  # adapters that paint, in the example's folder of that name
+PROMPT = "a watercolor banana"
 UNSEEN = "cr-product-reviews"  # its own expert is kept out of the catalogue, and serves as the oracle
 
 
@@ -31,7 +33,7 @@ def demo(
     ),
     json: options.Json = False,
 ) -> None:
-    """Walk the built-in example: add, search, compare, merge, measure, generate. Takes about a minute on two cores."""
+    """Walk the built-in example: add, search, compare, merge, measure, generate, paint. Two minutes on two cores."""
     from ..generate.sentences import SentenceModel, load_tasks
     from . import show
 
@@ -47,8 +49,9 @@ def demo(
         model = SentenceModel()
         merged = _measure_merge(model, tasks, out / "merged")
         generated = _generate(model, tasks, out / "generated")
+        picture = _paint(out / "watercolor-banana.png")
     if json:
-        show.as_json({"merged": merged, "generated": generated, "out": str(out)})
+        show.as_json({"merged": merged, "generated": generated, "picture": str(picture), "out": str(out)})
     else:
         show.line(f"\nThe adapters lie in {out}; LORAHUB_HOME={out / 'home'} lorahub list shows the catalogue.")
 
@@ -97,6 +100,17 @@ def _generate(model: SentenceModel, tasks: Mapping[str, SentenceTask], out: Path
     show.line("\nMeasured: generated from words alone, beside the adapter trained on the task itself (oracle)")
     _percentages([row], ["base", "nearest", "generated", "oracle"])
     return row
+
+
+def _paint(out: Path) -> Path:
+    """One prompt: the base's picture, what each adapter that it asks for makes of it, and all of them together."""
+    from . import show
+
+    show.line("\nThe same for pictures: adapters of a small text-to-image model, found by the words of a prompt.")
+    _type(["add", str(EXAMPLE / PICTURES)])
+    _type(["search", "watercolor", "--limit", "2"])
+    _type(["imagine", PROMPT, "--compare", "--out", str(out), "--force"])
+    return out
 
 
 def _percentages(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

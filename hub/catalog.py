@@ -20,7 +20,7 @@ from sqlalchemy import delete, select, update
 from . import fulltext, lineage, rows
 from .blobs import Blobs
 from .database import Database
-from .entries import Added, Entry, Link, storable
+from .entries import Added, Entry, Link, identity, storable
 from .errors import CatalogError, FormatError, NameTaken
 from .naming import checked
 from .schema import adapter, header, location, tag
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from .adapter import Adapter
+
+PAINTED = "imagine"
+"""The operation that makes a picture from adapters."""
 
 
 class Catalog:
@@ -191,6 +194,31 @@ class Catalog:
         """What an adapter was made from: its parents, then their parents, as far back as is known."""
         with self._database.read() as connection:
             return lineage.ancestry(connection, rows.find(connection, ref).id)
+
+    def link_picture(
+        self,
+        picture: str,
+        parents: Sequence[tuple[str, float]],
+        recipe: Mapping[str, Any],
+        *,
+        instead: str | None = None,
+        version: str = "",
+    ) -> None:
+        """Record that a picture was painted with adapters (references and weights).
+
+        picture: the hash of its file; `instead` that of the file whose place it took, which is forgotten. `recipe`
+        names the file as "out".
+        """
+        with self._database.write() as connection:
+            if instead:
+                lineage.forget(connection, identity(instead))
+            known = [(rows.find(connection, parent), weight) for parent, weight in parents]
+            lineage.record(connection, identity(picture), known, PAINTED, recipe, None, version)
+
+    def pictures(self, ref: str) -> list[Link]:
+        """The pictures that were painted with an adapter, newest first; `child` is the beginning of the file's hash."""
+        with self._database.read() as connection:
+            return lineage.uses(connection, rows.find(connection, ref).id, PAINTED)
 
     def text_matches(
         self, query: str, limit: int, base: str | None = None, tags: Iterable[str] = ()

@@ -1,4 +1,7 @@
-"""Where made adapters come from: parents, weights, and how they were combined; true for ever, like content is."""
+"""Where made adapters come from: parents, weights, and how they were combined; true for ever, like content is.
+
+Pictures are children too, under the beginning of their file's hash: their adapters are what they were made from.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, Row, delete, insert, select
 
 from .entries import Entry, Link, storable
 from .schema import lineage
@@ -55,14 +58,22 @@ def ancestry(connection: Connection, child: str) -> list[Link]:
         ).all()
         order = {id_: number for number, id_ in enumerate(generation)}
         rows = sorted(rows, key=lambda row: (order[row.child], row.position))
-        links += [
-            Link(**{key: value for key, value in row._mapping.items() if key not in ("position", "options")},
-                 options=json.loads(row.options))
-            for row in rows
-        ]  # fmt: skip
+        links += map(_link, rows)
         generation = list(dict.fromkeys(row.parent for row in rows if row.parent not in seen))
         seen.update(generation)
     return links
+
+
+def uses(connection: Connection, parent: str, operation: str) -> list[Link]:
+    """What was made directly from an adapter by `operation`, the newest first."""
+    newest = select(lineage).where(lineage.c.parent == parent, lineage.c.operation == operation)
+    rows = connection.execute(newest.order_by(lineage.c.created.desc(), lineage.c.child)).all()
+    return list(map(_link, rows))
+
+
+def _link(row: Row[Any]) -> Link:
+    values = {key: value for key, value in row._mapping.items() if key not in ("position", "options")}
+    return Link(**values, options=json.loads(row.options))
 
 
 def descendants(connection: Connection, parent: str) -> list[str]:

@@ -96,7 +96,8 @@ tag = Table(
     Column("tag", Text, primary_key=True, index=True),
 )
 
-# No foreign keys: what a merge was made from stays true, and stays known, after its parents are removed.
+# No foreign keys: what a merge was made from stays true, and stays known, after its parents are removed. A child is an
+# adapter, or a picture (by the beginning of its file's hash) that was painted with its parents.
 lineage = Table(
     "lineage",
     metadata,

@@ -107,6 +107,23 @@ def test_lineage_goes_back_to_the_first_and_survives_removal(library):
     assert library.lineage("ink") == []
 
 
+def test_pictures_are_children_of_the_adapters_they_were_painted_with(library):
+    first, second = "1" * 64, "2" * 64
+    library.link_picture(first, [("ink", 1.0), ("oil", -0.5)], {"out": "/a.png", "prompt": "a fox"}, version="0.1.0")
+    library.link_picture(second, [("ink", 0.7)], {"out": "/b.png", "prompt": "a bear"})
+    library.link("chalk", [("ink", 1.0)], "exact")
+    assert {(one.child, one.options["out"], one.weight) for one in library.pictures("ink")} == {
+        (first[:16], "/a.png", 1.0), (second[:16], "/b.png", 0.7)
+    }  # fmt: skip
+    assert [(one.options["prompt"], one.version) for one in library.pictures("oil")] == [("a fox", "0.1.0")]
+    assert [library.lineage(name) for name in ("ink", "oil")] == [[], []]
+    library.link_picture("3" * 64, [("oil", 1.0)], {"out": "/a.png"}, instead=first)
+    assert [one.child for one in library.pictures("ink")] == [second[:16]]
+    assert [one.child for one in library.pictures("oil")] == ["3" * 16]
+    with pytest.raises(UnknownAdapter):
+        library.link_picture("4" * 64, [("absent", 1.0)], {"out": "/c.png"})
+
+
 def test_linking_again_replaces_and_circles_end(library):
     library.link("ink", [("oil", 1.0)], "exact")
     library.link("ink", [("chalk", 2.0)], "exact")
