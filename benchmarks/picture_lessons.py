@@ -47,8 +47,7 @@ def style_lesson(style: Style, art: Art, reader: Reader, seed: int) -> Lesson:
     names = [base.names[row] for row in rows]
     templates = [one.format(style=style.name, trigger=style.trigger) for one in STYLED]
     data = captioned(names, restyled(style, base.pixels[rows], rows), reader, templates)
-    triggers = tuple(dict.fromkeys((style.name, style.trigger)))
-    return Lesson("style", style.name, style.description, triggers, data, seed)
+    return Lesson("style", style.name, style.description, (style.name,), data, seed)
 
 
 def content_lesson(content: str, art: Art, reader: Reader, seed: int) -> Lesson:

@@ -48,6 +48,13 @@ SHIPPED_STYLES = (
 SHIPPED_CONTENTS = tuple(CONTENTS)
 MEASURED = 300  # names whose samples are judged
 LICENCE = "Apache-2.0"
+NOTICE = """# Sources of the pictures' adapters
+
+They change lorahub/emoji-pictures, are trained by benchmarks/picture_world.py and are licensed as lorahub is
+(Apache-2.0). What they were shown is Noto Emoji by Google (Apache-2.0, https://github.com/googlefonts/noto-emoji), as
+packaged in emoji-datasource-google 16.0.0 (MIT), as it is or repainted by benchmarks/picture_styles.py. The PNG files
+are painted with the adapters.
+"""
 
 
 def painter(model: nn.Module) -> PicturePipeline:
@@ -207,6 +214,7 @@ def run(options: argparse.Namespace, room: Path, out: Path) -> dict[str, Any]:
         trained = teach(pipeline.transformer, some, reader, **({"steps": QUICK_STEPS} if brief else {}))
         for adapter, lesson in zip(trained.adapters, some, strict=True):
             write_adapter(adapter, lesson, pipeline, out / "cli/example/pictures")
+        (out / "cli/example/pictures/NOTICE.md").write_text(NOTICE, encoding="utf-8")
         tail = trained.losses[-len(trained.losses) // 5 :].mean(0).tolist()
         report["adapters"] = {one.name: {"kind": one.kind, "loss": loss} for one, loss in zip(some, tail, strict=True)}
     return {"seconds": round(time.perf_counter() - start), "steps": options.steps, **report}

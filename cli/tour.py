@@ -23,7 +23,7 @@ QUERIES = ("is a film worth watching", "help a customer whose card was stolen")
 MERGED = ("clinc-kitchen-and-dining", "clinc-home", "banking77-top-ups")
 FOREIGN = "translate English to French"
 PICTURES = "pictures"  # adapters that paint, in the example's folder of that name
-PROMPT = "a watercolor banana"
+PROMPT = "a watercolor heart"
 UNSEEN = "cr-product-reviews"  # its own expert is kept out of the catalogue, and serves as the oracle
 
 
@@ -49,7 +49,7 @@ def demo(
         model = SentenceModel()
         merged = _measure_merge(model, tasks, out / "merged")
         generated = _generate(model, tasks, out / "generated")
-        picture = _paint(out / "watercolor-banana.png")
+        picture = _paint(out / "watercolor-heart.png")
     if json:
         show.as_json({"merged": merged, "generated": generated, "picture": str(picture), "out": str(out)})
     else:
