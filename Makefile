@@ -16,7 +16,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(INTERPRETER) -c 'import sys; sys.exit("lorahub needs Python 3.11 or newer; run make PYTHON=/path/to/python" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(INTERPRETER) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint,pictures]'
 	touch $@
 
 demo: $(STAMP)

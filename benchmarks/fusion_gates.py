@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,7 @@ def composed(
     return found
 
 
-def _telling(variant: str, seed: int) -> object:
+def _telling(variant: str, seed: int) -> Callable[[Progress], None]:
     def tell(now: Progress) -> None:
         if now.step % 100 == 0:
             mismatched = "" if now.mismatched is None else f", mismatched {now.mismatched:.3f}"

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lorahub.generate.pictures import EVERYTHING, Reader, predict, transformer
-from picture_data import SMALL, Art, Name
+from lorahub.generate.lessons import TIMESTEPS
+from lorahub.generate.pictures import Reader, predict, transformer
+from picture_data import Art, Name
+from picture_moves import shifted
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -54,11 +56,7 @@ class Captioned:
         pictures = self.pictures[rows]
         turn = (torch.rand(len(rows), generator=chance) < 0.5) & self.mirror[rows]
         pictures = torch.where(turn[:, None, None, None], pictures.flip(-1), pictures)
-        wide = nn.functional.pad(pictures, (SHIFT,) * 4, mode="replicate")
-        starts = torch.randint(2 * SHIFT + 1, (2, len(rows), 1), generator=chance)
-        across, down = (start + torch.arange(SMALL) for start in starts)
-        number = torch.arange(len(rows))[:, None, None]
-        return wide.permute(0, 2, 3, 1)[number, down[:, :, None], across[:, None, :]].permute(0, 3, 1, 2)
+        return shifted(pictures, SHIFT, chance)
 
 
 def values(pixels: np.ndarray[Any, Any]) -> Tensor:
@@ -144,7 +142,7 @@ def flow_loss(model: nn.Module, pictures: Tensor, conditions: dict[str, Tensor],
     share = torch.sigmoid(torch.randn(len(pictures), generator=chance))
     noise = torch.randn(pictures.shape, generator=chance)
     part = share[:, None, None, None]
-    flow = predict(model, (1 - part) * pictures + part * noise, EVERYTHING * share, conditions)
+    flow = predict(model, (1 - part) * pictures + part * noise, TIMESTEPS * share, conditions)
     return (flow.float() - (noise - pictures)).square().mean(dim=(1, 2, 3))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from picture_moves import shifted
 from picture_styles import STYLES, restyled
 from torch import Tensor, nn
 from torch.nn import functional
@@ -49,7 +50,7 @@ class Disturbance:
         """Pictures (n, 3, 32, 32) of 0 to 1, disturbed; `mirror` (n,) tells which may be seen in a mirror."""
         turned = mirror & (_draw(chance, len(pictures)) < 0.5)
         pictures = torch.where(_each(turned), pictures.flip(-1), pictures)
-        pictures = self._coloured(_shifted(pictures, self.shift, chance), chance)
+        pictures = self._coloured(shifted(pictures, self.shift, chance), chance)
         soft = functional.avg_pool2d(functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         strength = _draw(chance, len(pictures)) * (_draw(chance, len(pictures)) < self.blur)
         pictures = torch.lerp(pictures, soft, _each(strength))
@@ -276,12 +277,3 @@ def _draw(chance: torch.Generator, count: int) -> Tensor:
 def _each(values: Tensor) -> Tensor:
     """One value for each picture, to be spread over its pixels."""
     return values[:, None, None, None]
-
-
-def _shifted(pictures: Tensor, most: int, chance: torch.Generator) -> Tensor:
-    size = pictures.shape[-1]
-    wide = functional.pad(pictures, (most,) * 4, mode="replicate")
-    starts = torch.randint(2 * most + 1, (2, len(pictures), 1), generator=chance)
-    across, down = (start + torch.arange(size) for start in starts)
-    number = torch.arange(len(pictures))[:, None, None]
-    return wide.permute(0, 2, 3, 1)[number, down[:, :, None], across[:, None, :]].permute(0, 3, 1, 2)

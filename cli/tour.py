@@ -33,7 +33,7 @@ def demo(
     ),
     json: options.Json = False,
 ) -> None:
-    """Walk the built-in example: add, search, compare, merge, measure, generate, paint. Two minutes on two cores."""
+    """Walk the built-in example: add, search, compare, merge, measure, generate, paint; a minute on two cores."""
     from ..generate.sentences import SentenceModel, load_tasks
     from . import show
 

@@ -19,7 +19,7 @@ from .stacked import owned
 
 SHARPNESS = 20.0
 PASS_COST = 100  # tokens whose work takes as long as a pass of the encoder does apart from them
-TIMESTEPS = 1000.0
+TIMESTEPS = 1000.0  # the last one is pure noise
 
 
 # --- sentences under label names ------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from .sentences import SentenceModel
 BASE = "lorahub/emoji-pictures"
 SIZE = 32  # pixels a side
 LONGEST = 16  # tokens of a prompt that are read
-EVERYTHING = 1000.0  # timestep of pure noise
 
 
 def transformer() -> PixArtTransformer2DModel:

@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lorahub.cli.main import app
+from commands import typed
 from lorahub.hub.adapter import Adapter
-from lorahub.hub.errors import LoraHubError
 from lorahub.hub.lowrank import LowRank
 from lorahub.merge.advise import RULES, advise
 from lorahub.merge.analyze import analyze
 from lorahub.merge.run import methods
 from making import Place, adapter, low_rank
 from PIL import Image
-from typer.testing import CliRunner
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "cli" / "example"
 LARGE = Place(400, 700)
@@ -32,16 +30,7 @@ def alone(module: LowRank, called: str = "one") -> Adapter:
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run a command in a home of its own; returns (exit code, stdout, what it says of an error)."""
     monkeypatch.setenv("LORAHUB_HOME", str(tmp_path / "home"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if isinstance(result.exception, LoraHubError):
-            return result.exception.exit_code, result.stdout, str(result.exception)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.stdout, result.stderr
-
-    return run
+    return typed
 
 
 # --- advice --------------------------------------------------------------------------------------------------------

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lorahub.cli.main import app
+from commands import typed
 from lorahub.cli.refs import weighted, weights_of
 from lorahub.hub.adapter import Adapter
-from lorahub.hub.errors import BadOption, LoraHubError
+from lorahub.hub.errors import BadOption
 from lorahub.hub.lowrank import LowRank
 from lorahub.hub.reading import read
 from lorahub.hub.writing import save
 from lorahub.merge.run import methods, options
-from typer.testing import CliRunner
 
 NAMES = ("encoder.layer.0.attention.self.query", "encoder.layer.1.attention.self.value")
 DESCRIPTIONS = {
@@ -46,16 +45,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run a command in a home of its own; returns (exit code or error, stdout, stderr)."""
     monkeypatch.setenv("LORAHUB_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if isinstance(result.exception, LoraHubError):
-            return result.exception.exit_code, result.stdout, str(result.exception)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.stdout, result.stderr
-
-    return run
+    return typed
 
 
 def test_the_main_job_in_json(call, shelf: Path, tmp_path: Path) -> None:

@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from commands import typed
 from lorahub.cli.compress import bytes_of
-from lorahub.cli.main import app
 from lorahub.hub.adapter import Adapter
-from lorahub.hub.errors import BadOption, LoraHubError
+from lorahub.hub.errors import BadOption
 from lorahub.hub.reading import inspect, read
 from lorahub.hub.writing import ready, save
 from lorahub.merge import compress as merge_compress
 from making import Place, delta, deltas, low_rank
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 NAMES = [f"encoder.layer.{layer}.attention.self.{part}" for layer in range(4) for part in ("query", "key", "value")]
 
@@ -47,16 +46,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LORAHUB_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     save(ready(sample()), tmp_path / "sample", card=lambda: "# sample\n\nSorts letters by product.\n")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if isinstance(result.exception, LoraHubError):
-            return result.exception.exit_code, result.stdout, str(result.exception)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.stdout, result.stderr
-
-    return run
+    return typed
 
 
 @pytest.mark.parametrize(

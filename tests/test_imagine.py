@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import typed
 from lorahub.cli import canvas
-from lorahub.cli.main import app
 from lorahub.cli.sheet import GAP, LEAST, read_recipe
 from lorahub.generate.painting import Painter
 from lorahub.hub.adapter import Adapter
-from lorahub.hub.errors import LoraHubError
 from lorahub.hub.lowrank import LowRank
 from lorahub.hub.writing import save
 from numpy.typing import NDArray
 from PIL import Image
 from small_pictures import adapter, gated_paths, painted, picture_pipeline, write_adapter, write_gates
-from typer.testing import CliRunner
 
 STYLES = {
     "watercolor": ("Wet, pale colours that pool and run on rough paper.", "watercolor painting"),
@@ -62,7 +60,7 @@ def known(world: Path) -> Path:
     """A home whose catalogue knows the adapters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAHUB_HOME", str(world / "home"))
-        assert CliRunner().invoke(app, ["add", str(world / "library")]).exit_code == 0
+        assert typed("add", world / "library")[0] == 0
     return world / "home"
 
 
@@ -72,16 +70,7 @@ def call(known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     shutil.copytree(known, tmp_path / "home")
     monkeypatch.setenv("LORAHUB_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if isinstance(result.exception, LoraHubError):
-            return result.exception.exit_code, result.stdout, str(result.exception)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.stdout, result.stderr
-
-    return run
+    return typed
 
 
 @pytest.fixture
