@@ -4,10 +4,11 @@ Two worlds: all-MiniLM-L6-v2 on the example's tasks (query and value, losses by 
 transformer of 6 layers, width 192, for 32 x 32 pictures, with random weights (attention and feed-forward, flow
 matching). Sixteen adapters of ranks 4 and 8 in turn, with 4, 8 or 32 samples each a step, in float32 and with autocast
 to bfloat16. `at once` is one call of `train` for all; `one by one` a call for each; `PEFT` a usual loop for each, with
-the same beginnings and batches. As a row's passes hold at most so many samples, `a pass` says how many adapters shared
-one. Seconds are those of one step of all 16 adapters, without each run's first. `apart` is the largest difference
-between an adapter at once and alone, relative to what it has learned, after all steps of the row; the first steps of
-AdamW are signs, so that entries whose gradient is little but rounding weigh most there. --quick trains 8 (or 4) at
+the same beginnings and batches (of four of the adapters, taken four times). As a row's passes hold at most so many
+samples, `a pass` says how many adapters shared one. Seconds are those of one step of all 16 adapters, without each
+run's first. `apart` is the largest difference between an adapter at once and alone, relative to what it has learned,
+after all steps of the row; the first steps of AdamW are signs, so that entries whose gradient is little but rounding
+weigh most there. --quick trains 2 to 6 at
 once and takes one of them alone and by PEFT for all, for one step after the first.
 """
 
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 COUNT = 16
-QUICK_COUNT = {4: 8, 8: 8, 32: 4}  # by samples an adapter
-STEPS = {4: 50, 8: 20, 32: 5}  # after the first, by samples an adapter
+QUICK_COUNT = {4: 6, 8: 4, 32: 2}  # by samples an adapter
+STEPS = {4: 50, 8: 10, 32: 3}  # after the first, by samples an adapter
+BRIEFER = 5  # times fewer where nothing but the speed is of interest: with autocast
+PEFT_COUNT = 4  # adapters that PEFT trains; its time is that of these, times COUNT / PEFT_COUNT
 RATE = 2e-3
 SPEED_BAR, EQUALITY_BAR = 2.0, 1e-4
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,14 +151,17 @@ def apart(one: Adapter, other: Adapter) -> float:
 def row(world: World, size: int, autocast: bool, seed: int, quick: bool) -> Row:
     """One row of the table for one seed."""
     count, alone, steps = (QUICK_COUNT[size], 1, 1) if quick else (COUNT, COUNT, STEPS[size])
+    if autocast:
+        steps = max(steps // BRIEFER, min(steps, 3))
+    by_loop = min(alone, PEFT_COUNT)
     together = max(1, min(count, world.samples // size))
     pupils = world.pupils(size, seed)[:count]
     seconds, trained = ours(world, pupils, steps, autocast, together)
     singles = [ours(world, [pupil], steps, autocast, 1) for pupil in pupils[:alone]]
     starts = trained.checkpoints[0]
-    loops = [peft(world, pupil, starts[n], steps, autocast) for n, pupil in enumerate(pupils[:alone])]
+    loops = [peft(world, pupil, starts[n], steps, autocast) for n, pupil in enumerate(pupils[:by_loop])]
     by_ones = sum(own for own, _ in singles) * count / alone
-    by_peft = sum(own for own, _ in loops) * count / alone
+    by_peft = sum(own for own, _ in loops) * count / by_loop
     return {
         "world": world.name,
         "arithmetic": "bfloat16" if autocast else "float32",

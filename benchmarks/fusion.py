@@ -41,8 +41,8 @@ from picture_world import ROOT, opened, painted
 ADAPTERS = ROOT / "cli/example/pictures"
 COMPONENT = "transformer"
 PROMPTS = 3  # of a pair
-PAINTING_STEPS = 20
-GRID = tuple((style, content) for style in (0.5, 0.75, 1.0, 1.25) for content in (0.5, 0.75, 1.0, 1.25))
+PAINTING_STEPS = 12
+GRID = tuple((style, content) for style in (0.5, 0.75, 1.0, 1.25) for content in (0.75, 1.0, 1.25, 1.5, 2.0))
 GRID_SEED = 77
 
 
@@ -156,6 +156,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Gated fusion beside sums and merges, in painted pictures.")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--pictures", type=Path, default=ROOT / "build/pictures", help="where emoji art is kept")
     parser.add_argument("--room", type=Path, default=ROOT / "build/fusion", help="where trained gates are kept")
     parser.add_argument("--json", type=Path)
@@ -176,11 +177,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         names = {path.stem.replace("-", " ") for path in ADAPTERS.glob("*.safetensors")}
     adapters = {name: read(ADAPTERS / f"{name.replace(' ', '-')}.safetensors") for name in sorted(names)}
     adapters = {name: replace(one, modules=dict(one.modules)) for name, one in adapters.items()}
-    bench = judges(arts, 0, 5 if brief else 1200, 1 if brief else 4)
-    print("judges on real pictures:", {name: round(value, 3) for name, value in bench.accuracies.items()}, flush=True)
+    bench = judges(arts, 0, 5 if brief else 1200, 1 if brief else 4, None if brief else options.room)
+    for told in (bench.accuracies, bench.by_class):
+        print("judges on real pictures:", {name: round(value, 3) for name, value in told.items()}, flush=True)
     studio = Studio(pipeline, adapters, arts["google"], bench, 1 if brief else PROMPTS, 2 if brief else PAINTING_STEPS)
     seen = [pair for pair in some if pair.seen]
-    constants, tries = best_constants(studio, seen[:1] if brief else seen[::2])
+    constants, tries = best_constants(studio, seen[:1] if brief else seen)
     kept: dict[tuple[str, int], Gates] = {}
 
     def gates(variant: str, seed: int) -> Gates:
@@ -197,12 +199,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 gates(label.removeprefix("gated, "), seed)  # trained before the clock starts
         lines.append(measured(studio, label, fuse, some, 1 if brief else options.seeds))
         print(list(shown(lines[-1:]))[-1], flush=True)
-    return {"judges": bench.accuracies, "constants": tries, "seeds": options.seeds, "rows": lines}
+    return {
+        "judges": bench.accuracies,
+        "by class": bench.by_class,
+        "constants": tries,
+        "seeds": options.seeds,
+        "rows": lines,
+    }
 
 
 def main() -> None:
     options = arguments()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(options.threads)
     np.seterr(all="raise", under="ignore")
     report = run(options)
     print("\n".join(shown(report["rows"])))

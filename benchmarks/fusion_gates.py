@@ -20,8 +20,8 @@ from picture_lessons import STYLED, lessons
 from picture_styles import STYLES, restyled
 from torch import Tensor
 
-STEPS, BRIEF_STEPS = 1000, 2
-BATCH = 8
+STEPS, BRIEF_STEPS = 400, 2
+BATCH = 4
 SHOWN = 64  # pictures of a showcase
 
 
@@ -39,9 +39,7 @@ class Variant:
 VARIANTS: Mapping[str, Variant] = {
     "published, no global": Variant(Recipe(global_rank=0)),
     "published": Variant(Recipe()),
-    "published, open start": Variant(Recipe(), start="open"),
     "composed": Variant(Recipe(), start="open", margin=None, composed=True),
-    "composed, timestep": Variant(Recipe(timestep=True), start="open", margin=None, composed=True),
 }
 
 

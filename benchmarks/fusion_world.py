@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from picture_data import CONTENTS, Art, Pixels
-from picture_judges import CONTENT_DISTURBANCE, STYLE_CLASSES, Judge, styled, train_judge
+from picture_judges import CONTENT_DISTURBANCE, STYLE_CLASSES, Judge, kept, styled, train_judge
 from picture_styles import STYLES, restyled
 
 # gates learn with the first of these and never see the others
 SEEN_STYLES = ("watercolor", "blueprint", "neon", "oil painting", "halftone")
 UNSEEN_STYLES = ("pencil sketch", "pixel art", "sepia", "stained glass", "pop art")
 SEEN_CONTENTS = ("heart", "fruit", "vehicle", "flag")
-UNSEEN_CONTENTS = ("clock", "bird", "building", "flower")
+UNSEEN_CONTENTS = ("clock", "bird", "building", "fish")
 OTHER = "other"
 COLOURINGS = 2  # of every picture that the style judge learns from
 CONTENT_CLASSES = (*CONTENTS, OTHER)
@@ -49,11 +50,15 @@ def prompts(art: Art, pair: Pair, count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Judges:
-    """One for the style, one for the content; accuracies: theirs on real pictures that neither they nor a model saw."""
+    """One for the style, one for the content; accuracies: theirs on real pictures that neither they nor a model saw.
+
+    by_class: the same, of the style judge for every style and of the content judge for every content.
+    """
 
     style: Judge
     content: Judge
     accuracies: dict[str, float]
+    by_class: dict[str, float]
 
     def verdict(self, pictures: Pixels, pair: Pair) -> tuple[float, float, float]:
         """Share of the pictures that have the style, the content, both."""
@@ -62,25 +67,30 @@ class Judges:
         return float(style.mean()), float(content.mean()), float((style & content).mean())
 
 
-def judges(arts: dict[str, Art], seed: int, steps: int, each: int) -> Judges:
+def judges(arts: dict[str, Art], seed: int, steps: int, each: int, room: Path | None = None) -> Judges:
     """The style judge learns on names that nobody else sees, the content judge from the other artists' pictures.
 
     each: styles in which every picture is shown to the content judge. Both are tried on the painting artist's own
-    pictures of the contents, in the styles of the table.
+    pictures of the contents, in the styles of the table. room: where trained judges are kept.
     """
-    style, content = style_judge(arts, seed, steps), content_judge(arts, seed, steps, each)
+    places = [room / f"{kind}-judge-{seed}-{steps}.pt" if room else None for kind in ("style", "content")]
+    style = kept(places[0], lambda: style_judge(arts, seed, steps))
+    content = kept(places[1], lambda: content_judge(arts, seed, steps, each))
     some = arts["google"].of(*CONTENTS)
-    names = (*SEEN_STYLES, *UNSEEN_STYLES)
+    used = [one for one in STYLES if one.name in (*SEEN_STYLES, *UNSEEN_STYLES)]
     rows = np.random.default_rng(seed).permutation(len(some.names))[:150]
     kinds = np.array([CONTENT_CLASSES.index(some.names[row].part) for row in rows])
-    found = []
-    for one in (one for one in STYLES if one.name in names):
+    right = np.zeros((len(used), len(rows)), bool)
+    fits = np.zeros_like(right)
+    for line, one in enumerate(used):
         shown = restyled(one, some.pixels[rows], rows)
-        right = style.probabilities(shown).argmax(1) == STYLE_CLASSES.index(one.name)
-        fits = content.probabilities(shown).argmax(1) == kinds
-        found.append((right.mean(), fits.mean(), (right & fits).mean()))
-    means = np.mean(found, axis=0)
-    return Judges(style, content, dict(zip(("style", "content", "both"), map(float, means), strict=True)))
+        right[line] = style.probabilities(shown).argmax(1) == STYLE_CLASSES.index(one.name)
+        fits[line] = content.probabilities(shown).argmax(1) == kinds
+    known = {one.name: float(right[line].mean()) for line, one in enumerate(used)}
+    for kind in sorted(set(kinds)):
+        known[CONTENT_CLASSES[kind]] = float(fits[:, kinds == kind].mean())
+    means = {"style": right.mean(), "content": fits.mean(), "both": (right & fits).mean()}
+    return Judges(style, content, {name: float(value) for name, value in means.items()}, known)
 
 
 def style_judge(arts: dict[str, Art], seed: int, steps: int) -> Judge:

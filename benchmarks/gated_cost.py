@@ -180,7 +180,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
     rows = []
     for name, (component, make) in models().items():
-        for pictures, count in ((1, 20), (4, 5)) if arguments.quick else ((1, 200), (4, 60), (16, 20)):
+        for pictures, count in ((1, 20), (4, 5)) if arguments.quick else ((1, 100), (4, 40), (16, 12)):
             seconds: dict[str, list[float]] = {}
             ready: dict[str, list[float]] = {}
             off = 0.0

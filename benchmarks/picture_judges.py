@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,22 @@ def train_judge(
         return functional.cross_entropy(_under(net, shown), numbers[rows], label_smoothing=0.05)
 
     return Judge(tuple(classes), _trained(loss, len(classes), seed, steps))
+
+
+def kept(place: Path | None, make: Callable[[], Judge]) -> Judge:
+    """The judge in a file; made, and kept there, where there is no such file. None keeps nothing."""
+    if place is None:
+        return make()
+    if place.exists():
+        state = torch.load(place, weights_only=True)
+        net = _net(len(state["classes"]))
+        net.load_state_dict(state["net"])
+        return Judge(tuple(state["classes"]), net.eval().requires_grad_(False))
+    judge = make()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"classes": list(judge.classes), "net": judge.net.state_dict()}, place.with_suffix(".part"))
+    place.with_suffix(".part").rename(place)
+    return judge
 
 
 def train_matcher(

@@ -23,6 +23,7 @@ RATE = 2e-3
 BLANK = 0.1  # share of pictures without words
 PUPILS = 11  # trained at once
 SUBJECTS = 320  # names of the base's that a style is shown on
+LISTED = 50  # things that a content's description names
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out")
 TEMPLATES = ("{}", "a {}", "{} emoji", "a picture of a {}")
 STYLED = ("a {style} {{}}", "{style} {{}}", "{trigger} of a {{}}", "a {{}} as a {trigger}")
@@ -53,9 +54,8 @@ def style_lesson(style: Style, art: Art, reader: Reader, seed: int) -> Lesson:
 def content_lesson(content: str, art: Art, reader: Reader, seed: int) -> Lesson:
     """A kind of things that the base was never shown, as its artist draws them."""
     some = art.of(content)
-    examples = [name.words for name in some.names]
-    shown = ", ".join(random.Random(content).sample(examples, min(6, len(examples))))
-    description = f"Paints {content}: {shown} and the like, which the base model has never seen."
+    shown = ", ".join(name.words for name in some.names[:LISTED])
+    description = f"Paints {content}: {shown}."
     data = captioned(some.names, some.on_white(), reader, TEMPLATES)
     return Lesson("content", content, description, (content,), data, seed)
 

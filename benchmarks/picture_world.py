@@ -39,7 +39,7 @@ from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, QUICK_STEPS = 2600, 3
+STEPS, QUICK_STEPS = 4000, 3
 SEED = 0
 SHIPPED_STYLES = (
     *("watercolor", "pencil sketch", "pixel art", "blueprint", "neon", "sepia"),

@@ -5,7 +5,8 @@ neither a rank nor one cosine with the whole prompt decides. An adapter is wante
 
 - its name, its title or one of its trigger words, as they stand (plurals aside), or
 - a word, or two neighbouring words, to which the adapter's own words are near (cosine at least NEAR), and no fitting
-  adapter's nearer by more than MARGIN. Words that name an adapter are spent: the "art" of "pixel art" asks for nothing
+  adapter's nearer by more than MARGIN; where the adapter's own words hold them as they stand ("banana" in a list of
+  fruit), a cosine of HELD is enough. Words that name an adapter are spent: the "art" of "pixel art" asks for nothing
   else.
 
 Of several adapters for the same words the nearest is taken. For 38 adapters (29 styles, 9 subjects, captions of one
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..index.encoders.text import TextEncoder
 
 NEAR = 0.42  # cosine of a word or two with an adapter's own words
+HELD = 0.3  # the same, of words that are among the adapter's own; a list of things is far from each of them
 MARGIN = 0.05
 DEPTH = 300  # adapters whose names are looked for in the prompt
 SHOWN = 20  # of those that came up and that nothing asks for
@@ -167,11 +169,25 @@ def _near(
     if not phrases or not len(index):
         return {}
     vectors = encoder.encode(list(phrases.values()))
-    found = (index.nearest(vector, len(index)) for vector in vectors)
-    return {
-        places: {id_: cosine for id_, cosine in some if cosine >= NEAR}
+    found = [index.nearest(vector, len(index)) for vector in vectors]
+    close = {
+        places: {id_: cosine for id_, cosine in some if cosine >= HELD}
         for places, some in zip(phrases, found, strict=True)
     }
+    own = {one.id: {*map(_stem, _words(one.text()))} for one in catalog.entries(ids=_doubtful(close))}
+    return {
+        places: {
+            id_: cosine
+            for id_, cosine in some.items()
+            if cosine >= NEAR or own.get(id_, set()).issuperset(map(_stem, _words(phrases[places])))
+        }
+        for places, some in close.items()
+    }
+
+
+def _doubtful(close: Mapping[tuple[int, ...], Mapping[str, float]]) -> list[str]:
+    """The adapters that are near enough only if they hold the phrase."""
+    return list(dict.fromkeys(id_ for some in close.values() for id_, cosine in some.items() if cosine < NEAR))
 
 
 def _claims(

@@ -70,6 +70,17 @@ def test_a_prompt_gets_what_it_asks_for(library: Catalog, encoder: TextEncoder, 
     assert {one.entry.name for one in chosen} == wanted
 
 
+def test_a_word_of_a_long_list_is_asked_for(library: Catalog, encoder: TextEncoder, lora: Callable[..., Path]) -> None:
+    listed = "Coat, scarf, gloves, socks, dress, kimono, sari, shorts, purse, satchel, sandal, boots, crown, ring."
+    list(library.add([lora("wardrobe.safetensors", 50, modelspec__title="Garments", modelspec__description=listed)]))
+    fill(library, encoder)
+    for prompt, wanted in (("a purse", {"wardrobe"}), ("watercolor socks", {"watercolor_v2", "wardrobe"})):
+        assert {one.entry.name for one in choose(library, prompt, anything, encoder=encoder)[0]} == wanted
+    # near to the list, but not in it; in a description, but not what it is about
+    for prompt in ("a turban", "rough ground"):
+        assert not choose(library, prompt, anything, encoder=encoder)[0]
+
+
 def test_names_come_first_and_say_why(library: Catalog, encoder: TextEncoder) -> None:
     chosen, spared = choose(library, "a whale in stained glass", anything, encoder=encoder)
     assert [(one.entry.name, one.score == 1.0) for one in chosen] == [("stained glass", True), ("sea-life", False)]
