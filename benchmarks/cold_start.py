@@ -66,7 +66,7 @@ def stock(home: Path, library: Path) -> dict[str, float]:
     from lorahub.hub.catalog import Catalog
     from lorahub.index.embed import fill
     from lorahub.index.encoders.text import text
-    from lorahub.index.search import open_index
+    from lorahub.index.vector_index import open_index
 
     with Catalog(home) as catalog:
         seconds = {}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options
 from .settings import algebra_on_one_thread, open_catalog
+
+if TYPE_CHECKING:
+    from ..hub.catalog import Catalog
+    from ..index.search import Hit
+    from ..index.weight_encoder import WeightEncoder
 
 
 def search(
@@ -16,33 +21,30 @@ def search(
     tag: Annotated[list[str] | None, typer.Option(help="Only adapters with this tag; may be repeated.")] = None,
     limit: options.Limit = 10,
     mode: Annotated[
-        str, typer.Option(help="hybrid, text or meaning; weights needs a weight encoder, which there is none of yet.")
+        str, typer.Option(help="hybrid, text, meaning, or weights: what adapters do, whatever is said of them.")
     ] = "hybrid",
     model: Annotated[
         str | None, typer.Option(help="A sentence-transformers model instead of the packaged one.")
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Search the catalogue by words and by meaning."""
+    """Search the catalogue by words, by meaning, and by what the weights do where the base has a weight encoder."""
     from ..index.embed import fill
     from ..index.encoders.text import text
     from ..index.search import search as search_index
     from . import show
 
     with open_catalog() as catalog:
-        encoder = None
-        if mode in {"hybrid", "meaning"}:
-            encoder = text(model)
+        encoder = text(model) if mode in {"hybrid", "meaning", "weights"} else None
+        if encoder and mode != "weights":
             with show.progress("reading descriptions", quiet=json) as advance:
                 fill(catalog, encoder, progress=advance)
-        hits = search_index(catalog, query, mode=mode, base=base, tags=tag or (), limit=limit, encoder=encoder)
-    if json:
-        show.as_json(
-            [
-                {"id": h.entry.id, "name": h.entry.name, "score": h.score, "base": h.entry.base, "why": list(h.why)}
-                for h in hits
-            ]
+        known = encoded(catalog, encoder.space, quiet=json) if encoder and mode != "meaning" else []
+        hits = search_index(
+            catalog, query, mode=mode, base=base, tags=tag or (), limit=limit, encoder=encoder, encoders=known
         )
+    if json:
+        show.as_json([_plain(hit) for hit in hits])
         return
     if not hits:
         show.note(f"nothing found for {query!r}")
@@ -62,6 +64,25 @@ def search(
     )
 
 
+def encoded(catalog: Catalog, texts: str | None, *, quiet: bool) -> list[WeightEncoder]:
+    """The weight encoders for the catalogue's bases (into the space `texts`), all adapters encoded that can be."""
+    from ..index.embed import fill_encoded
+    from ..index.fitted import encoders
+    from . import show
+
+    found = encoders(catalog, texts)
+    for encoder in found:
+        with show.progress("reading weights", quiet=quiet) as advance:
+            fill_encoded(catalog, encoder, progress=advance)
+    return found
+
+
+def _plain(hit: Hit) -> dict[str, object]:
+    entry = hit.entry
+    found = {"id": entry.id, "name": entry.name, "score": hit.score, "base": entry.base, "why": list(hit.why)}
+    return {**found, "confidence": hit.confidence}
+
+
 def _start(text: str, most: int = 60) -> str:
     """The beginning of a text, cut between words."""
     return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
@@ -69,12 +90,14 @@ def _start(text: str, most: int = 60) -> str:
 
 def similar(ref: options.Ref, limit: options.Limit = 10, json: options.Json = False) -> None:
     """Find an adapter's neighbours in weight space; equal deltas are marked, however they are stored."""
+    from ..index.fitted import encoders
     from ..index.similar import similar as similar_to
     from . import show
 
     algebra_on_one_thread()
     with open_catalog() as catalog, show.progress("comparing", quiet=json) as advance:
-        neighbours = similar_to(catalog, catalog.entry(ref), limit=limit, progress=advance)
+        entry, known = catalog.entry(ref), encoders(catalog)
+        neighbours = similar_to(catalog, entry, limit=limit, encoders=known, progress=advance)
     if json:
         show.as_json(
             [
@@ -88,6 +111,8 @@ def similar(ref: options.Ref, limit: options.Limit = 10, json: options.Json = Fa
                     "overlap": n.overlap,
                     "norm_ratio": n.norm_ratio,
                     "shared_modules": n.shared_modules,
+                    "encoded": n.encoded,
+                    "confidence": n.confidence,
                     "why": list(n.why),
                 }
                 for n in neighbours
@@ -98,7 +123,7 @@ def similar(ref: options.Ref, limit: options.Limit = 10, json: options.Json = Fa
         show.note(f"nothing else in the catalogue is for the base of {ref}")
         return
     show.table(
-        ["score", "name", "cosine", "overlap", "norm ratio", "why"],
+        ["score", "name", "cosine", "overlap", "norm ratio", "encoded", "why"],
         [
             (
                 f"{n.score:.3f}",
@@ -106,6 +131,7 @@ def similar(ref: options.Ref, limit: options.Limit = 10, json: options.Json = Fa
                 f"{n.cosine:.4f}",
                 f"{n.overlap:.4f}",
                 f"{n.norm_ratio:.4f}",
+                None if n.encoded is None else f"{n.encoded:.4f}",
                 "; ".join(n.why),
             )
             for n in neighbours

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..hub.errors import LoraHubError
-from . import analyze, combine, compress, files, find, imagine, library, make, tour
+from . import analyze, combine, compress, describe, encoder, files, find, imagine, library, make, map, tour
 
 INTERRUPTED = 130
 
@@ -31,6 +31,8 @@ for command in (
     library.verify,
     find.search,
     find.similar,
+    describe.describe,
+    map.map_,
     files.inspect,
     files.check,
     analyze.analyze,
@@ -42,6 +44,7 @@ for command in (
     tour.demo,
 ):
     app.command(command.__name__.rstrip("_"))(command)
+app.add_typer(encoder.app, name="encoder")
 
 
 def _version(asked: bool) -> None:

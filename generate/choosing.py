@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 
 from ..hub.entries import words as apart
 from ..hub.errors import BadOption
-from ..index.search import open_index, search
+from ..index.search import search
+from ..index.vector_index import open_index
 
 if TYPE_CHECKING:
     from ..hub.catalog import Catalog

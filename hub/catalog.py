@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, or_, select, update
 
 from . import fulltext, lineage, rows
 from .blobs import Blobs
@@ -97,6 +97,16 @@ class Catalog:
             if ids is None:
                 return rows.entries(connection, *conditions)
             return rows.entries_by_id(connection, ids, *conditions)
+
+    def ids(self, base: str | None = None, tags: Iterable[str] = ()) -> set[str]:
+        """The ids of the adapters on a base (by any of its names), with all the tags."""
+        with self._database.read() as connection:
+            return set(connection.scalars(select(adapter.c.id).where(*rows.narrowed(connection, base, tags))))
+
+    def bases(self) -> list[str | None]:
+        """The names of the bases that its adapters are for, sorted; None first if some are for an unknown one."""
+        with self._database.read() as connection:
+            return sorted(connection.scalars(select(adapter.c.base).distinct()), key=lambda base: base or "")
 
     def metadata(self, ref: str) -> dict[str, str]:
         """All that the adapter's files said in their headers."""
@@ -227,12 +237,12 @@ class Catalog:
         with self._database.read() as connection:
             return fulltext.matches(connection, query, limit, rows.narrowed(connection, base, tags))
 
-    def vectors(self, space: str) -> tuple[NDArray[np.int64], list[str], NDArray[np.float32]]:
-        """The vectors of a space: row ids (n,), adapter ids (n), float32 matrix (n, dim)."""
+    def vectors(self, space: str, after: int = 0) -> tuple[NDArray[np.int64], list[str], NDArray[np.float32]]:
+        """The vectors of a space, those with row ids above `after`: row ids (n,), adapter ids (n), float32 (n, dim)."""
         from . import vectors
 
         with self._database.read() as connection:
-            return vectors.load(connection, space)
+            return vectors.load(connection, space, after)
 
     def vector_state(self, space: str) -> tuple[int, int]:
         """(count, largest row id) of a space; equal as long as its vectors are the same."""
@@ -241,12 +251,32 @@ class Catalog:
         with self._database.read() as connection:
             return vectors.state(connection, space)
 
-    def missing_vectors(self, space: str) -> list[Entry]:
-        """The adapters without a vector in the space for their present text or content."""
+    def missing_vectors(self, space: str, *, for_base: str | None = None) -> list[Entry]:
+        """The adapters without a vector in the space for their present text or content.
+
+        for_base: only the mergeable ones that may be for this base, because theirs is the same or unknown.
+        """
         from . import vectors
 
         with self._database.read() as connection:
-            return vectors.missing(connection, space)
+            if for_base is None:
+                return vectors.missing(connection, space)
+            fitting = or_(adapter.c.base.is_(None), *rows.narrowed(connection, for_base, ()))
+            return vectors.missing(connection, space, adapter.c.mergeable, fitting)
+
+    def vector_spaces(self) -> list[str]:
+        """The names of the spaces that have vectors."""
+        from . import vectors
+
+        with self._database.read() as connection:
+            return vectors.spaces(connection)
+
+    def drop_vectors(self, space: str) -> int:
+        """Forget the vectors of a space; returns how many there were."""
+        from . import vectors
+
+        with self._database.write() as connection:
+            return vectors.drop(connection, space)
 
     def store_vectors(self, space: str, vectors_: Iterable[tuple[str, str, ArrayLike]]) -> None:
         """Store (adapter id, input digest, vector): `Entry.text_digest` or `Entry.digest` as the input's digest."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from sqlalchemy import Connection, and_, delete, func, insert, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select
 
 from .entries import Entry
 from .errors import CatalogError
@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
-def load(connection: Connection, space: str) -> tuple[NDArray[np.int64], list[str], NDArray[np.float32]]:
-    """All vectors of a space, by row id: row ids (n,), adapter ids, and the vectors (n, dim).
+def load(
+    connection: Connection, space: str, after: int = 0
+) -> tuple[NDArray[np.int64], list[str], NDArray[np.float32]]:
+    """The vectors of a space with row ids above `after`, by row id: row ids (n,), adapter ids, and vectors (n, dim).
 
     Raises CatalogError if they differ in length.
     """
-    query = select(vector.c.row, vector.c.adapter_id, vector.c.data).where(vector.c.space == space)
+    query = select(vector.c.row, vector.c.adapter_id, vector.c.data).where(
+        vector.c.space == space, vector.c.row > after
+    )
     found = connection.execute(query.order_by(vector.c.row)).all()
     if len({len(row.data) for row in found}) > 1:
         raise CatalogError(f"the vectors of {space!r} differ in length; compute them anew")
@@ -46,12 +50,23 @@ def state(connection: Connection, space: str) -> tuple[int, int]:
     return int(count), int(last)
 
 
-def missing(connection: Connection, space: str) -> list[Entry]:
-    """The adapters without a vector in the space for what they are now, by name."""
+def spaces(connection: Connection) -> list[str]:
+    """The spaces that have vectors, by name."""
+    return sorted(connection.scalars(select(vector.c.space).distinct()))
+
+
+def drop(connection: Connection, space: str) -> int:
+    """Forget the vectors of a space; returns how many there were."""
+    return connection.execute(delete(vector).where(vector.c.space == space)).rowcount
+
+
+def missing(connection: Connection, space: str, *conditions: ColumnElement[bool]) -> list[Entry]:
+    """The adapters that meet the conditions without a vector in the space for what they are now, by name."""
     mine = and_(vector.c.adapter_id == adapter.c.id, vector.c.space == space)
     outdated = vector.c.input_digest.not_in([adapter.c.text_digest, adapter.c.digest])
+    lacking = or_(vector.c.row.is_(None), outdated)
     found = connection.scalars(
-        select(adapter.c.id).select_from(adapter.outerjoin(vector, mine)).where(or_(vector.c.row.is_(None), outdated))
+        select(adapter.c.id).select_from(adapter.outerjoin(vector, mine)).where(lacking, *conditions)
     )
     return sorted(entries_by_id(connection, list(found)), key=lambda entry: entry.name)
 

@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..hub.errors import LoraHubError
+from ..hub.errors import IncompatibleAdapters, LoraHubError
 
 if TYPE_CHECKING:
+    from ..hub.adapter import Adapter
     from ..hub.catalog import Catalog
     from ..hub.entries import Entry
     from .encoders.text import TextEncoder
+    from .weight_encoder import WeightEncoder
 
-BATCH = 256  # texts, or adapters, between two writes
+BATCH = 256  # texts between two writes
+ENCODED = 32  # adapters encoded between two writes
 WEIGHT_SPACES = ("delta", "columns")
+TOLD = 3  # reasons that a warning gives
+
+Item = TypeVar("Item")
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) after every batch."""
@@ -40,7 +47,7 @@ def fill(catalog: Catalog, encoder: TextEncoder, *, progress: Progress | None = 
         owners.setdefault(entry.text(), []).append(entry)
     texts = sorted(owners, key=len)  # texts of one length waste no padding
     done = 0
-    for batch in _chunks(iter(texts)):
+    for batch in _chunks(iter(texts), BATCH):
         rows = [
             (entry.id, entry.text_digest, vector)
             for text, vector in zip(batch, encoder.encode(batch), strict=True)
@@ -76,6 +83,64 @@ def fill_weights(catalog: Catalog, *, among: Collection[str] | None = None, prog
     return done
 
 
+def fill_encoded(
+    catalog: Catalog,
+    encoder: WeightEncoder,
+    *,
+    among: Collection[str] | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Encode the mergeable adapters of the encoder's base, or of an unknown one, that lack a vector in its space.
+
+    among: the ids to look at, None for all. Returns how many vectors were stored. What the encoder refuses gets a
+    vector of zeros, so that it is not tried again; what cannot be read now stays missing. A warning names both. Torch
+    is not loaded where there is nothing to read.
+    """
+    lacking = catalog.missing_vectors(encoder.space, for_base=encoder.base)
+    lacking = [entry for entry in lacking if entry.mergeable and (among is None or entry.id in among)]
+    failures: list[str] = []
+    done = stored = 0
+    for batch in _chunks(iter(lacking), ENCODED):
+        rows = _encoded(catalog, encoder, batch, failures)
+        catalog.store_vectors(encoder.space, rows)
+        done, stored = done + len(batch), stored + len(rows)
+        if progress:
+            progress(done, len(lacking))
+    if failures:
+        more = f"; and {len(failures) - TOLD} more" if len(failures) > TOLD else ""
+        log.warning("not to be found by their weights: %s%s", "; ".join(failures[:TOLD]), more)
+    return stored
+
+
+def _encoded(
+    catalog: Catalog, encoder: WeightEncoder, batch: list[Entry], failures: list[str]
+) -> list[tuple[str, str, NDArray[np.float32]]]:
+    """Rows to store for those of a batch that can be read."""
+    vectors: dict[str, NDArray[np.float32]] = {}
+    readable: dict[str, Adapter] = {}
+    for entry in batch:
+        try:
+            adapter = catalog.read(entry)
+            adapter = replace(adapter, base=entry.base, meta={**adapter.meta, "name": entry.name})
+            encoder.manifest.check(adapter)
+            readable[entry.id] = adapter
+        except IncompatibleAdapters as error:
+            vectors[entry.id] = np.zeros(encoder.dim, np.float32)
+            if entry.base is not None:  # an unknown base was only tried
+                failures.append(str(error))
+        except LoraHubError as error:
+            failures.append(str(error))
+    try:
+        vectors |= dict(zip(readable, encoder.encode_all(readable.values()), strict=True)) if readable else {}
+    except LoraHubError:  # one of them holds what cannot be read: each by itself
+        for id_, adapter in readable.items():
+            try:
+                vectors[id_] = encoder.encode(adapter)
+            except LoraHubError as error:
+                failures.append(str(error))
+    return [(entry.id, entry.digest, vectors[entry.id]) for entry in batch if entry.id in vectors]
+
+
 def _sketches(catalog: Catalog, entry: Entry, spaces: list[str]) -> Iterator[tuple[str, NDArray[np.float32]]]:
     from ..hub.plugins import load
 
@@ -88,6 +153,6 @@ def _sketches(catalog: Catalog, entry: Entry, spaces: list[str]) -> Iterator[tup
         log.warning("%s is left out of the weight index: %s", entry.name, error)
 
 
-def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
-    while batch := list(islice(texts, BATCH)):
+def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while batch := list(islice(items, size)):
         yield batch

@@ -1,92 +1,48 @@
-"""Search: an exact FAISS index over the catalogue's vectors, and the ranking that joins it to full text."""
+"""Search: what adapters say of themselves, by words and by meaning, and what their weights say, joined by rank."""
 
 from __future__ import annotations
 
-import json
-import logging
-import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
-from uuid import uuid4
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..hub.errors import BadOption, RetrievalError
+from .vector_index import open_index as open_index
 
 if TYPE_CHECKING:
     from ..hub.catalog import Catalog
     from ..hub.entries import Entry
     from .encoders.text import TextEncoder
+    from .weight_encoder import WeightEncoder
 
-MODES = ("hybrid", "text", "meaning")
+MODES = ("hybrid", "text", "meaning", "weights")
 DEPTH = 200  # how far down each list fusion looks
 RRF_K = 60  # Cormack, Clarke and Buettcher, "Reciprocal rank fusion ...", SIGIR 2009: 60 is near the best everywhere
+DOUBT = 0.1  # confidence below which the weights' word does not count in a hybrid search
 FLOOR = 0.25  # cosine below which a hit by meaning alone is noise; see `meaning_matches`
-
-_VERSION = 1
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Index:
-    """Vectors of one space, at unit length, for exact search by inner product.
-
-    `owners` are the adapters' ids in the order of the vectors; `faiss` is None where there are none.
-    """
-
-    space: str
-    owners: tuple[str, ...]
-    faiss: Any
-
-    def __len__(self) -> int:
-        return len(self.owners)
-
-    def vector(self, owner: str) -> NDArray[np.float32] | None:
-        """The unit vector (dim,) of an adapter, or None if it has none here."""
-        if owner not in self.owners:
-            return None
-        vector: NDArray[np.float32] = self.faiss.reconstruct(self.owners.index(owner))
-        return vector
-
-    def nearest(self, vector: ArrayLike, limit: int, allowed: Collection[str] | None = None) -> list[tuple[str, float]]:
-        """(adapter id, cosine), nearest first, among the `allowed` adapters (None: all). Exact.
-
-        Raises RetrievalError if the vector's length is not the index's.
-        """
-        import faiss
-
-        query = _unit(np.asarray(vector, np.float32).reshape(1, -1))
-        if not len(self):
-            return []
-        if query.shape[1] != self.faiss.d:
-            raise RetrievalError(
-                f"the index {self.space!r} holds vectors of {self.faiss.d} numbers, the query has {query.shape[1]}; "
-                "the encoder has changed: use the one that filled it, or remove the space's vectors"
-            )
-        options: dict[str, Any] = {}
-        if allowed is not None:
-            chosen = [place for place, owner in enumerate(self.owners) if owner in allowed]
-            selector = faiss.IDSelectorBatch(np.array(chosen, np.int64))
-            parameters: Any = faiss.SearchParameters  # its stub does not know the keywords
-            options["params"] = parameters(sel=selector)
-        scores, found = self.faiss.search(query, min(limit, len(self)), **options)
-        pairs = zip(found[0].tolist(), scores[0].tolist(), strict=True)
-        return [(self.owners[place], score) for place, score in pairs if place >= 0]
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A found adapter. `score`: 0 to 1 in a hybrid search (1 = first in both lists), the cosine in a search by meaning,
-    the full text's own in a search by words. `why`: what matched, for a reader."""
+    """A found adapter.
+
+    `score`: 0 to 1 in a hybrid search (1 = first in every list), the cosine in a search by meaning or by weights, the
+    full text's own in a search by words. `why`: what matched, for a reader. `confidence`: how often the weight encoder
+    was right at such a cosine, None where the weights were not asked.
+    """
 
     entry: Entry
     score: float
     why: tuple[str, ...]
+    confidence: float | None = None
+
+
+class Weighed(NamedTuple):
+    """What the weights of an adapter say to a query: their vector's cosine, and how often such a cosine was right."""
+
+    id: str
+    cosine: float
+    confidence: float
 
 
 def search(
@@ -98,29 +54,41 @@ def search(
     tags: Sequence[str] = (),
     limit: int = 10,
     encoder: TextEncoder | None = None,
+    encoders: Sequence[WeightEncoder] = (),
 ) -> list[Hit]:
     """The adapters that fit `query`, best first; an empty list where none does.
 
-    mode: "text" (full text), "meaning" (embeddings) or "hybrid" (both, fused by rank). `base` and `tags` restrict what
-    is ranked. `encoder`: None for the packaged text model; what has no vector in its space is found by words alone.
+    mode: "text" (full text), "meaning" (embeddings), "weights" (what the weights do) or "hybrid" (all, fused by rank).
+    `base` and `tags` restrict what is ranked. `encoder`: None for the packaged text model. `encoders`: the catalogue's
+    weight encoders (see `fitted.encoders`); without any, a hybrid search goes by words and meaning. What has no vector
+    in an encoder's space is found by the other voices alone.
     Raises BadOption for a mode or limit that is none, RetrievalError where the mode or encoder cannot answer.
     """
     _check(mode, limit)
+    if mode == "weights" and not encoders:
+        raise RetrievalError(
+            "there is no weight encoder for the catalogue's adapters, so words cannot be compared with weights; fit "
+            "one with `lorahub encoder fit`, or search in mode hybrid, text or meaning"
+        )
     if not query.strip():
         return []
+    depth = max(limit, DEPTH)
     words: list[tuple[str, float, str]] = []
     near: list[tuple[str, float]] = []
-    depth = max(limit, DEPTH)
-    if mode != "meaning":
+    weighed: list[Weighed] = []
+    if mode in ("hybrid", "text"):
         words = list(catalog.text_matches(query, depth, base=base, tags=tags))
-    if mode != "text":
+    if mode in ("hybrid", "meaning"):
         near = meaning_matches(catalog, query, depth, base=base, tags=tags, encoder=encoder)
-    scores = _scores(mode, words, near)
-    cosines = dict(near)
-    order = sorted(scores, key=lambda id_: (-scores[id_], -cosines.get(id_, -1.0), id_))[:limit]
-    entries = {entry.id: entry for entry in catalog.entries(ids=order)} if order else {}
-    said = {id_: why for id_, _, why in words}
-    return [Hit(entries[id_], scores[id_], _why(said.get(id_), cosines.get(id_))) for id_ in order if id_ in entries]
+    if encoders and mode in ("hybrid", "weights"):
+        weighed = weight_matches(catalog, query, depth, encoders, base=base, tags=tags, encoder=encoder)
+    if mode == "hybrid":
+        scores = fuse([id_ for id_, _, _ in words], [id_ for id_, _ in near])
+        if encoders:
+            scores = _with_weights(scores, weighed, _voiced(catalog, encoders))
+    else:
+        scores = {id_: score for id_, score, _ in words} | dict(near) | {one.id: one.cosine for one in weighed}
+    return _hits(catalog, scores, words, near, weighed, limit)
 
 
 def meaning_matches(
@@ -144,13 +112,40 @@ def meaning_matches(
     index = open_index(catalog, encoder.space)
     if not len(index):
         return []
-    found = index.nearest(encoder.encode([query])[0], len(index) if base or tags else limit)
-    found = [(id_, cosine) for id_, cosine in found if cosine >= floor]
-    if base or tags:
-        # only those near enough are looked up, which are few
-        fitting = {entry.id for entry in catalog.entries(base=base, tags=tags, ids=[id_ for id_, _ in found])}
-        found = [(id_, cosine) for id_, cosine in found if id_ in fitting]
-    return found[:limit]
+    found = index.nearest(encoder.encode([query])[0], limit, _allowed(catalog, base, tags))
+    return [(id_, cosine) for id_, cosine in found if cosine >= floor]
+
+
+def weight_matches(
+    catalog: Catalog,
+    query: str,
+    limit: int,
+    encoders: Iterable[WeightEncoder],
+    *,
+    base: str | None = None,
+    tags: Sequence[str] = (),
+    encoder: TextEncoder | None = None,
+) -> list[Weighed]:
+    """The adapters whose weights are nearest to the query, on that base with those tags, surest first.
+
+    Cosines of different encoders do not compare, confidences do. Raises RetrievalError for an encoder into the space of
+    another text model.
+    """
+    from .encoders.text import text
+
+    encoder = encoder or text()
+    vector, allowed = encoder.encode([query])[0], _allowed(catalog, base, tags)
+    best: dict[str, Weighed] = {}
+    for one in encoders:
+        if one.texts != encoder.space:
+            raise RetrievalError(
+                f"the weight encoder for {one.base} is into the words of {one.texts!r}, not of {encoder.space!r}; "
+                "search with its text model, or fit it anew with this one"
+            )
+        for id_, cosine in open_index(catalog, one.space).nearest(vector, limit, allowed):
+            found = Weighed(id_, cosine, one.confidence(cosine))
+            best[id_] = max(found, best.get(id_, found), key=_certainty)
+    return sorted(best.values(), key=lambda one: (*(-x for x in _certainty(one)), one.id))[:limit]
 
 
 def fuse(*rankings: Sequence[str]) -> dict[str, float]:
@@ -163,106 +158,77 @@ def fuse(*rankings: Sequence[str]) -> dict[str, float]:
     return fused
 
 
-def open_index(catalog: Catalog, space: str) -> Index:
-    """The index of a space: from its file if that is whole and up to date, else built from the catalogue and saved."""
-    path = index_path(catalog.home, space)
-    state = list(catalog.vector_state(space))
-    if not state[0]:
-        return Index(space, (), None)
-    index = _load(path, space, state)
-    if index is None:
-        index = _build(catalog, space)
-        _save(index, path, state)
-    return index
+def _with_weights(said: Mapping[str, float], weighed: Sequence[Weighed], voiced: Collection[str]) -> dict[str, float]:
+    """Scores by words and meaning, joined by the weights' vote, which counts as much as the two where it is certain.
+
+    A vote is the reciprocal rank times the confidence that was measured on held-out adapters, so an encoder that is
+    seldom right moves little, and one that is hardly ever right finds nothing. What no encoder can speak of (another
+    base) loses nothing by it: its weights are taken to say what its words say, as surely as the best vote.
+    """
+    votes = {
+        one.id: one.confidence * (RRF_K + 1) / (RRF_K + rank)
+        for rank, one in enumerate(weighed, 1)
+        if one.confidence >= DOUBT
+    }
+    trust = max((one.confidence for one in weighed), default=0.0)
+    assumed = {id_: trust * score for id_, score in said.items() if id_ not in voiced}
+    return {id_: (said.get(id_, 0.0) + votes.get(id_, assumed.get(id_, 0.0))) / 2 for id_ in {**said, **votes}}
 
 
-def index_path(home: Path, space: str) -> Path:
-    """Where the FAISS file of a space lies; its sidecar has the suffix .json."""
-    name = quote(space, safe="")
-    if len(name) > 100:  # a folder's path; file names have a limit
-        name = f"{name[:80]}-{zlib.crc32(space.encode()):08x}"
-    return home / "index" / f"{name}.faiss"
+def _voiced(catalog: Catalog, encoders: Iterable[WeightEncoder]) -> set[str]:
+    return {id_ for one in encoders for id_ in open_index(catalog, one.space).places}
 
 
-def _check(mode: str, limit: int) -> None:
-    if mode == "weights":
-        raise RetrievalError(
-            "no weight encoder has been fitted to this catalogue, so words cannot be compared with weights yet; "
-            "search in mode hybrid, text or meaning"
+def _hits(
+    catalog: Catalog,
+    scores: Mapping[str, float],
+    words: Sequence[tuple[str, float, str]],
+    near: Sequence[tuple[str, float]],
+    weighed: Sequence[Weighed],
+    limit: int,
+) -> list[Hit]:
+    said = {id_: f"words in {why}" for id_, _, why in words}
+    cosines = dict(near)
+    votes = {one.id: one for one in weighed}
+
+    def order(id_: str) -> tuple[float, float, float, str]:
+        vote = votes.get(id_)
+        return -scores[id_], -cosines.get(id_, -1.0), -vote.confidence if vote else 0.0, id_
+
+    # by weights alone they come surest first, which is not by cosine where there are several encoders
+    chosen = (sorted(scores, key=order) if near or words else list(scores))[:limit]
+    entries = {entry.id: entry for entry in catalog.entries(ids=chosen)} if chosen else {}
+    return [
+        Hit(
+            entries[id_],
+            scores[id_],
+            _why(said.get(id_), cosines.get(id_), votes.get(id_)),
+            votes[id_].confidence if id_ in votes else None,
         )
-    if mode not in MODES:
-        raise BadOption(f"search has no mode {mode!r}; expected one of {', '.join((*MODES, 'weights'))}")
-    if limit < 1:
-        raise BadOption(f"limit is {limit}; expected at least 1")
+        for id_ in chosen
+        if id_ in entries
+    ]
 
 
-def _scores(mode: str, words: Sequence[tuple[str, float, str]], near: Sequence[tuple[str, float]]) -> dict[str, float]:
-    if mode == "text":
-        return {id_: score for id_, score, _ in words}
-    if mode == "meaning":
-        return dict(near)
-    return fuse([id_ for id_, _, _ in words], [id_ for id_, _ in near])
-
-
-def _why(words: str | None, cosine: float | None) -> tuple[str, ...]:
-    reasons = []
-    if words:
-        reasons.append(f"words in {words}")
+def _why(words: str | None, cosine: float | None, vote: Weighed | None) -> tuple[str, ...]:
+    reasons = [words] if words else []
     if cosine is not None:
         reasons.append(f"meaning: cosine {cosine:.2f}")
+    if vote is not None:
+        reasons.append(f"weights: cosine {vote.cosine:.2f}, right in {vote.confidence:.0%} of such cases")
     return tuple(reasons)
 
 
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    unit: NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return unit
+def _certainty(one: Weighed) -> tuple[float, float]:
+    return one.confidence, one.cosine
 
 
-def _build(catalog: Catalog, space: str) -> Index:
-    import faiss
-
-    _, owners, matrix = catalog.vectors(space)
-    index = faiss.IndexFlatIP(matrix.shape[1])
-    index.add(_unit(np.ascontiguousarray(matrix, np.float32)))
-    return Index(space, tuple(owners), index)
+def _allowed(catalog: Catalog, base: str | None, tags: Sequence[str]) -> set[str] | None:
+    return catalog.ids(base=base, tags=tags) if base is not None or tags else None
 
 
-def _save(index: Index, path: Path, state: list[int]) -> None:
-    """Write the cache. Two builders may interleave: the sidecar's checksum tells whose index it belongs to."""
-    import faiss
-
-    data = faiss.serialize_index(index.faiss).tobytes()
-    sidecar = {
-        "version": _VERSION, "space": index.space, "state": state, "checksum": zlib.crc32(data),
-        "owners": index.owners,
-    }  # fmt: skip
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, data)
-        _replace(path.with_suffix(".json"), json.dumps(sidecar, separators=(",", ":")).encode())
-    except OSError as error:  # a catalogue on a read-only disk can still be searched
-        log.warning("the index %s cannot be kept: %s", path, error.strerror)
-
-
-def _load(path: Path, space: str, state: list[int]) -> Index | None:
-    import faiss
-
-    try:
-        sidecar = json.loads(path.with_suffix(".json").read_bytes())
-        data = path.read_bytes()
-    except (OSError, ValueError):
-        return None
-    expected = {"version": _VERSION, "space": space, "state": state, "checksum": zlib.crc32(data)}
-    if not isinstance(sidecar, dict) or any(sidecar.get(key) != value for key, value in expected.items()):
-        return None
-    index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
-    return Index(space, tuple(sidecar["owners"]), index)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    made = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        made.write_bytes(data)
-        made.replace(path)
-    finally:
-        made.unlink(missing_ok=True)
+def _check(mode: str, limit: int) -> None:
+    if mode not in MODES:
+        raise BadOption(f"search has no mode {mode!r}; expected one of {', '.join(MODES)}")
+    if limit < 1:
+        raise BadOption(f"limit is {limit}; expected at least 1")

@@ -2,8 +2,9 @@
 
 Two exact measures, each blind to how a delta is factorised. The cosine of the deltas finds copies, merges and
 continued runs. Adapters trained apart on one task have a cosine near 0 all the same, because each read through its own
-random `down`; the overlap of their column spaces finds them (see `encoders.columns`). Sketches only choose whom to
-measure where there are too many adapters to measure all.
+random `down`; the overlap of their column spaces finds them (see `encoders.columns`). A weight encoder, where the base
+has one, adds a third that was learned: whether they do what the same words would describe. Sketches only choose whom
+to measure where there are too many adapters to measure all.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..hub.entries import Entry
     from ..hub.lowrank import LowRank, Shape
     from .embed import Progress
+    from .weight_encoder import WeightEncoder
 
 EXHAUSTIVE = 200  # up to so many adapters of the base, all are measured and no sketch is needed
 SHORTLIST = 100  # of more, so many by each sketch (or ten times the limit)
@@ -61,7 +63,12 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An adapter near another one; `score` orders them, `why` says it to a reader. See Likeness for the measures."""
+    """An adapter near another one; `score` orders them, `why` says it to a reader. See Likeness for the measures.
+
+    `encoded` is the cosine of the weight encoder's vectors, `confidence` how often the nearest adapter was right at
+    such a cosine; both None where no encoder speaks. The score is the largest of cosine, overlap, and `encoded` times
+    its confidence.
+    """
 
     entry: Entry
     score: float
@@ -71,13 +78,23 @@ class Neighbour:
     norm_ratio: float
     shared_modules: int
     why: tuple[str, ...]
+    encoded: float | None = None
+    confidence: float | None = None
 
 
-def similar(catalog: Catalog, entry: Entry, *, limit: int = 10, progress: Progress | None = None) -> list[Neighbour]:
+def similar(
+    catalog: Catalog,
+    entry: Entry,
+    *,
+    limit: int = 10,
+    encoders: Sequence[WeightEncoder] = (),
+    progress: Progress | None = None,
+) -> list[Neighbour]:
     """The `limit` nearest neighbours of `entry` among the mergeable adapters of its base, nearest first.
 
-    An adapter whose base is unknown is compared with all that share a module. `progress` sees (done, total): of
-    adapters sketched where there are too many to measure all, then of modules.
+    An adapter whose base is unknown is compared with all that share a module. `encoders`: the catalogue's weight
+    encoders (see `fitted.encoders`). `progress` sees (done, total): of adapters encoded, and sketched where there are
+    too many to measure all, then of modules.
     Raises BadOption for a limit below 1, IncompatibleAdapters if `entry` has no deltas to compare.
     """
 
@@ -85,10 +102,17 @@ def similar(catalog: Catalog, entry: Entry, *, limit: int = 10, progress: Progre
         raise BadOption(f"limit is {limit}; expected at least 1")
     if not entry.mergeable:
         raise IncompatibleAdapters(f"{entry.name} has no low-rank deltas to compare: {entry.reason}")
-    found = _opened(catalog, _candidates(catalog, entry, limit, progress))
+    others = _others(catalog, entry)
+    encoded = _encoded(catalog, entry, others, encoders, progress)
+    if len(others) > EXHAUSTIVE:
+        size = max(SHORTLIST, 10 * limit)
+        chosen = _shortlist(catalog, entry, others, size, progress)
+        chosen |= set(sorted(encoded, key=lambda id_: (-encoded[id_][0], id_))[:size])
+        others = [other for other in others if other.id in chosen]
+    found = _opened(catalog, others)
     likenesses = compare(catalog.read(entry), list(found.values()), progress=progress)
     pairs = zip(found, likenesses, strict=True)
-    near = [_neighbour(other, likeness) for other, likeness in pairs if likeness.shared_modules]
+    near = [_neighbour(other, likeness, encoded.get(other.id)) for other, likeness in pairs if likeness.shared_modules]
     return sorted(near, key=_order)[:limit]
 
 
@@ -174,22 +198,44 @@ def _opened(catalog: Catalog, entries: Sequence[Entry]) -> dict[Entry, Adapter]:
     return found
 
 
-def _candidates(catalog: Catalog, entry: Entry, limit: int, progress: Progress | None) -> Sequence[Entry]:
-    others = [
+def _others(catalog: Catalog, entry: Entry) -> Sequence[Entry]:
+    return [
         other
         for other in catalog.entries()
         if other.mergeable and other.id != entry.id and same_base(entry.base, other.base)
     ]
-    if len(others) <= EXHAUSTIVE:
-        return others
-    return _shortlist(catalog, entry, others, max(SHORTLIST, 10 * limit), progress)
+
+
+def _encoded(
+    catalog: Catalog,
+    entry: Entry,
+    others: Sequence[Entry],
+    encoders: Sequence[WeightEncoder],
+    progress: Progress | None,
+) -> dict[str, tuple[float, float]]:
+    """Adapter id -> the encoder's cosine with `entry`, and how often such a cosine was right."""
+    from .embed import fill_encoded
+    from .vector_index import open_index
+
+    allowed = {other.id for other in others}
+    found: dict[str, tuple[float, float]] = {}
+    for encoder in encoders:
+        if not same_base(entry.base, encoder.base):
+            continue
+        fill_encoded(catalog, encoder, among=allowed | {entry.id}, progress=progress)
+        index = open_index(catalog, encoder.space)
+        vector = index.vector(entry.id)
+        if vector is not None:
+            near = index.nearest(vector, len(allowed), allowed)
+            found |= {id_: (cosine, encoder.confidence(cosine, of="adapters")) for id_, cosine in near}
+    return found
 
 
 def _shortlist(
     catalog: Catalog, entry: Entry, others: Sequence[Entry], size: int, progress: Progress | None
-) -> Sequence[Entry]:
+) -> set[str]:
     from .embed import WEIGHT_SPACES, fill_weights
-    from .search import open_index
+    from .vector_index import open_index
 
     allowed = {other.id for other in others}
     fill_weights(catalog, among=allowed | {entry.id}, progress=progress)
@@ -199,13 +245,18 @@ def _shortlist(
         vector = index.vector(entry.id)
         if vector is not None:
             chosen.update(id_ for id_, _ in index.nearest(vector, size, allowed))
-    return [other for other in others if other.id in chosen]
+    return chosen
 
 
-def _neighbour(entry: Entry, found: Likeness) -> Neighbour:
+def _neighbour(entry: Entry, found: Likeness, encoded: tuple[float, float] | None) -> Neighbour:
+    cosine, confidence = encoded or (None, None)
+    learned = encoded[0] * encoded[1] if encoded else -1.0
+    why = _why(found)
+    if encoded and not found.same_delta:
+        why += (f"the weight encoder's cosine {encoded[0]:.2f}, right in {encoded[1]:.0%} of such cases",)
     return Neighbour(
-        entry, found.score, found.cosine, found.overlap, found.same_delta, found.norm_ratio, found.shared_modules,
-        _why(found),
+        entry, max(found.score, learned), found.cosine, found.overlap, found.same_delta, found.norm_ratio,
+        found.shared_modules, why, cosine, confidence,
     )  # fmt: skip
 
 

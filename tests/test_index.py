@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lorahub.hub.catalog import Catalog
 from lorahub.hub.errors import BadOption, RetrievalError
-from lorahub.index import embed, search
-from lorahub.index.search import Index, fuse, index_path, open_index
+from lorahub.index import embed, search, vector_index
+from lorahub.index.search import fuse
+from lorahub.index.vector_index import Index, index_path, open_index
 from making import LAW
 
 CONCEPTS = ("watercolor aquarelle wash", "robot android", "court law legal", "cat kitten")
@@ -129,7 +130,7 @@ def test_the_file_is_used_while_it_is_fresh(
 ) -> None:
     store(home, lora, 6)
     first = open_index(home, "s")
-    monkeypatch.setattr(search, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(vector_index, "_build", lambda *_: pytest.fail("built again"))
     assert answers(open_index(home, "s")) == answers(first)
 
 
@@ -307,7 +308,7 @@ def test_every_hit_says_why(stocked: Catalog) -> None:
 
 
 def test_filters_come_before_ranking(stocked: Catalog) -> None:
-    for mode in search.MODES:
+    for mode in ("hybrid", "text", "meaning"):
         hits = search.search(stocked, "watercolor", mode=mode, base="sdxl", limit=1, encoder=ConceptEncoder())
         assert names(stocked, hits) == ["bot"]
     tagged = search.search(stocked, "watercolor", tags=["style"], limit=1, encoder=ConceptEncoder())
