@@ -1,0 +1,106 @@
+"""What the generation benchmark found: shares of the oracle's gain, their spread, the bars; how it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from generation_rows import BASE, BEST, ORACLE
+
+GAIN = 0.05  # of accuracy: tasks where the oracle gains less have no share of their own
+BARS = {"A": 0.5, "B": 0.4}
+WRONG = "hypernetwork, wrong description"
+RIVALS = ("nearest expert", "blend of factors", "blend of deltas", "SG-LoRA", "ICM-LoRA, text")
+
+Found = Mapping[str, Any]
+
+
+def shares(cell: Found) -> dict[str, float]:
+    """By row the share of the oracle's gain recovered: gains over all held-out tasks, divided by the oracle's."""
+    accuracy = {row: [mean(some) for some in one["accuracy"]] for row, one in cell["rows"].items()}
+    whole = sum(accuracy[ORACLE]) - sum(accuracy[BASE])
+    return {row: (sum(found) - sum(accuracy[BASE])) / whole for row, found in accuracy.items()}
+
+
+def by_task(cell: Found, row: str) -> dict[str, float]:
+    """A row's share of each held-out task where the oracle gains enough."""
+    accuracy = {name: [mean(some) for some in cell["rows"][name]["accuracy"]] for name in (BASE, ORACLE, row)}
+    gains = [high - low for high, low in zip(accuracy[ORACLE], accuracy[BASE], strict=True)]
+    found = zip(cell["held"], accuracy[row], accuracy[BASE], gains, strict=True)
+    return {task: (value - low) / gain for task, value, low, gain in found if gain >= GAIN}
+
+
+def tables(cells: Sequence[Found]) -> dict[str, list[dict[str, Any]]]:
+    """For every base and library a line for each row: mean share, spread over cells, and the hypernetwork's lead over
+    it in the same cells."""
+    groups: dict[str, list[Found]] = {}
+    for cell in cells:
+        groups.setdefault(f"{cell['base']}, {cell['start']}", []).append(cell)
+    return {name: _table(group) for name, group in groups.items()}
+
+
+def _table(cells: Sequence[Found]) -> list[dict[str, Any]]:
+    every = [shares(cell) for cell in cells]
+    lines = []
+    for row in dict.fromkeys(row for found in every for row in found):
+        there = [(found, cell) for found, cell in zip(every, cells, strict=True) if row in found]
+        leads = [found[BEST] - found[row] for found, _ in there]
+        accuracies = [mean(mean(some) for some in cell["rows"][row]["accuracy"]) for _, cell in there]
+        lines.append(
+            {
+                "row": row,
+                "recovered": mean(found[row] for found, _ in there),
+                "spread": _spread([found[row] for found, _ in there]),
+                "accuracy": mean(accuracies),
+                "lead": mean(leads),
+                "lead spread": _spread(leads),
+                "cells": len(there),
+                "seconds": mean(sum(cell["rows"][row]["seconds"]) for _, cell in there),
+            }
+        )
+    return lines
+
+
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def bars(found: Mapping[str, Sequence[Found]], rivals: Sequence[str] = (*RIVALS, WRONG)) -> list[dict[str, Any]]:
+    """Which bars are met, for the library from one initialisation."""
+    lines = []
+    for base, bar in BARS.items():
+        table = {line["row"]: line for line in found.get(f"{base}, shared", [])}
+        if not table:
+            continue
+        best = table[BEST]["recovered"]
+        lines.append({"bar": f"{base}: {BEST} recovers {bar:.0%}", "found": best, "met": best >= bar})
+        for rival in rivals:
+            lead = table[rival]
+            what = f"{base}: {BEST} beats {rival} by more than the spread"
+            lines.append({"bar": what, "found": lead["lead"], "met": lead["lead"] > lead["lead spread"]})
+    return lines
+
+
+# --- printing -------------------------------------------------------------------------------------------------------
+
+
+def show(report: Found) -> None:
+    """All tables."""
+    for name, lines in report["tables"].items():
+        print(f"\n{name}: share of the oracle's gain on held-out tasks, {max(line['cells'] for line in lines)} cells")
+        print(f"{'':52} {'share':>7} {'spread':>7} {'accuracy':>9} {'lead':>7} {'spread':>7} {'seconds':>8}")
+        for line in lines:
+            figures = f"{line['recovered']:7.3f} {line['spread']:7.3f} {line['accuracy']:9.3f}"
+            lead = f"{line['lead']:7.3f} {line['lead spread']:7.3f} {line['seconds']:8.1f}"
+            print(f"{line['row']:52} {figures} {lead}")
+    for name, lines in report["closed"].items():
+        print(f"\n{name}: the library's own adapters, packed")
+        print(f"{'':44} {'kept':>7} {'of gain':>8} {'bytes':>9} {'of checkpoints':>15}")
+        for line in lines:
+            sizes = f"{line['bytes']:9,d} {line['of checkpoints']:15.4f}"
+            print(f"{line['row']:44} {line['kept']:7.4f} {line['gain kept']:8.4f} {sizes}")
+    print()
+    for line in report["bars"]:
+        print(f"{'met    ' if line['met'] else 'not met'} {line['found']:7.3f}  {line['bar']}")
+    print(f"\n{report['seconds']:.0f} seconds, {report['workers']} workers")

@@ -1,0 +1,182 @@
+"""A hypernetwork, description in and adapter out, trained through the frozen base on the tasks' own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...hub.errors import BadOption, FormatError, GenerationError, RetrievalError
+from ...index.transfer import Similarity, parted
+from ...index.wording import token_width
+from ..experts import generator
+from ..hypernet import Drill, HyperNetwork, Practice, Sizes, Trial, opening, trained
+from ..layout import Layout
+from ..library import Vectors
+from ..priors import threshold
+from ..run import Generated, Share
+from ..taught import Origin, School, directions
+
+_LIMIT = 2**31  # numbers of a tensor: what a damaged file may ask for
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """A fitted hypernetwork.
+
+    weights: of `hypernet.HyperNetwork`. names, codes, means: of the library's experts, the direction of what the reader
+    says of their descriptions (n, code), and their last checkpoints (n, size), to say how near and how new a result is.
+    """
+
+    layout: Layout
+    origin: Origin
+    names: tuple[str, ...]
+    sizes: Sizes
+    weights: Mapping[str, Tensor]
+    codes: Tensor
+    means: Tensor
+    kind: str = "hyper"
+
+    def sample(self, query: Vectors, *, seed: int) -> Generated:
+        """An adapter for a description's vector, of the kind that it was fitted to; the seed changes nothing.
+
+        Raises GenerationError for a vector of another length.
+        """
+        with torch.inference_mode():
+            code = self._network.codes(self._states(query))
+            vector = self._network.made(code)[0].clone()
+            cosines = functional.normalize(code, dim=1)[0] @ self.codes.T
+        near = int(cosines.argmax())
+        share = Share(self.names[near], self.names[near], float(cosines[near]), 1.0)
+        novelty = 1.0 - float(self.layout.cosines(vector, self.means).max())
+        return Generated(self.layout.adapter(vector, name=self.kind), (share,), novelty)
+
+    def facts(self) -> dict[str, Any]:
+        """What a file says of it, beside tensors."""
+        return {"names": list(self.names), "sizes": list(self.sizes)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file holds of it."""
+        return {"codes": self.codes, "means": self.means} | {
+            f"network.{name}": part for name, part in self.weights.items()
+        }
+
+    def _states(self, query: Vectors) -> Tensor:
+        try:
+            return parted(query[None], self.sizes.width)
+        except RetrievalError as error:
+            raise GenerationError(str(error)) from None
+
+    @cached_property
+    def _network(self) -> HyperNetwork:
+        with torch.random.fork_rng(devices=[]):  # what it begins with is thrown away
+            network = HyperNetwork(self.sizes)
+        network.load_state_dict(dict(self.weights))
+        return network.eval()
+
+
+def hyper(
+    school: School,
+    practice: Practice[Any],
+    *,
+    steps: int = 500,
+    tasks: int = 12,
+    rate: float = 3e-3,
+    moving: float = 1e-3,
+    noise: float = 0.3,
+    dropped: float = 0.15,
+    shrink: float = 1e-3,
+    code: int = 32,
+    hidden: int = 96,
+    known: int = 24,
+    free: int = 40,
+    heads: int = 8,
+    channels: int = 32,
+    start: Tensor | None = None,
+    similarity: Similarity | None = None,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> Hyper:
+    """Fit a hypernetwork to a school, best one whose descriptions are token states (`index.wording`).
+
+    practice: the base, its loss and every expert's batches. steps, with `tasks` experts each. rate: of the network,
+    moving: of the point it starts from and the directions it moves in. noise, dropped: of the words in training, the
+    latter a share of the tokens; they make it bear new wording. shrink: how strongly results are held near the start.
+    code, hidden: widths; known, free: directions from the library and its own. heads, channels: of the reader. start: a
+    vector (size,), best that of an adapter for all tasks; by default the experts' mean. similarity: learned from
+    transfer between the same experts, whose reader the network's begins as; its sizes go before code, heads, channels.
+
+    Raises BadOption for options outside their range, GenerationError for an expert without batches.
+    """
+    positive = {"steps": steps, "tasks": tasks, "rate": rate, "code": code, "hidden": hidden, "heads": heads}
+    for name, value in (positive | {"channels": channels, "known + free": known + free}).items():
+        if not value > 0:
+            raise BadOption(f"{name} is {value}; expected a number above 0")
+    if min(moving, noise, shrink, known, free) < 0 or not 0 <= dropped < 1:
+        raise BadOption("moving, noise, shrink, known and free are at least 0, dropped a share below 1")
+    width = token_width(school.space, school.vectors[0].shape[1])
+    states = [parted(some, width) for some in school.vectors]
+    last = torch.stack([some[-1] for some in school.weights])
+    begin = last.mean(dim=0) if start is None else start
+    if begin.shape != (school.layout.size,):
+        raise BadOption(f"start has shape {tuple(begin.shape)}; expected ({school.layout.size},)")
+    if similarity is not None:
+        code, heads, channels = similarity.sizes
+    sizes = Sizes(width, heads, channels, code, hidden, known + free, school.layout.size)
+    network = _begun(sizes, torch.cat(states), similarity, seed)
+    opening(network, begin, last, known, generator(seed, "directions"))
+    drill = Drill(steps, tasks, rate, moving, noise, dropped, shrink, seed)
+    trial = Trial(practice.model, school.layout, practice.component)
+    losses = trained(network, trial, practice, school.names, states, drill, progress)
+    weights = {name: part.detach().clone() for name, part in network.state_dict().items()}
+    with torch.inference_mode():
+        said = [functional.normalize(network.codes(some), dim=1).clone() for some in states]
+    lately = losses[-20:]
+    told = {"steps": steps, "seed": seed, "loss": sum(lately) / len(lately), "near": threshold(said)}
+    return Hyper(school.layout, school.origin(**told), school.names, sizes, weights, directions(said), last)
+
+
+def _begun(sizes: Sizes, states: Tensor, similarity: Similarity | None, seed: int) -> HyperNetwork:
+    """The network with a reader of its own, or with the similarity's, which then says numbers of variance 1."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = HyperNetwork(sizes)
+    if similarity is None:
+        network.reader.settle(states)
+        return network
+    if similarity.width != sizes.width:
+        raise GenerationError(
+            f"the similarity reads tokens of {similarity.width} numbers, the descriptions have {sizes.width}; "
+            "fit it to the same descriptions"
+        )
+    network.reader.load_state_dict(dict(similarity.tensors))
+    with torch.no_grad():
+        said, last = network.reader(states), network.reader.say
+        spread = (said - said.mean(dim=0)).square().mean().sqrt().clamp_min(1e-6)
+        last.weight.div_(spread)
+        last.bias.sub_(said.mean(dim=0)).div_(spread)
+    return network
+
+
+def restore(layout: Layout, origin: Origin, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Hyper:
+    """The inverse of `facts` and `tensors`. Raises FormatError, KeyError or ValueError where they do not fit."""
+    names, sizes = tuple(map(str, facts["names"])), Sizes(*map(int, facts["sizes"]))
+    largest = max(
+        sizes.width * sizes.channels, sizes.heads * sizes.channels * sizes.code, sizes.directions * sizes.size
+    )
+    if min(sizes) < 1 or sizes.size != layout.size or largest > _LIMIT:
+        raise FormatError(f"its sizes {tuple(sizes)} make no sense for vectors of {layout.size} numbers")
+    held = {name.removeprefix("network."): part for name, part in tensors.items() if name.startswith("network.")}
+    with torch.device("meta"):
+        expected = {name: part.shape for name, part in HyperNetwork(sizes).state_dict().items()}
+    if {name: part.shape for name, part in held.items()} != expected:
+        raise FormatError(f"its tensors are not those of a hypernetwork of sizes {tuple(sizes)}")
+    codes, means = tensors["codes"], tensors["means"]
+    if codes.shape != (len(names), sizes.code) or means.shape != (len(names), sizes.size):
+        raise FormatError(f"its tensors are not those of {len(names)} experts")
+    return Hyper(layout, origin, names, sizes, held, codes, means)
