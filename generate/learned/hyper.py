@@ -97,6 +97,7 @@ def hyper(
     free: int = 40,
     heads: int = 8,
     channels: int = 32,
+    leave_out: bool = True,
     start: Tensor | None = None,
     similarity: Similarity | None = None,
     seed: int = 0,
@@ -127,10 +128,12 @@ def hyper(
         raise BadOption(f"start has shape {tuple(begin.shape)}; expected ({school.layout.size},)")
     if similarity is not None:
         code, heads, channels = similarity.sizes
-    sizes = Sizes(width, heads, channels, code, hidden, known + free, school.layout.size)
+    sizes = Sizes(width, heads, channels, code, hidden, known + free, len(last), school.layout.size)
     network = _begun(sizes, torch.cat(states), similarity, seed)
-    opening(network, begin, last, known, generator(seed, "directions"))
-    drill = Drill(steps, tasks, rate, moving, noise, dropped, shrink, seed)
+    with torch.no_grad():
+        codes = directions([functional.normalize(network.codes(some), dim=1) for some in states])
+    opening(network, begin, last, codes, known, generator(seed, "directions"))
+    drill = Drill(steps, tasks, rate, moving, noise, dropped, shrink, leave_out, seed)
     trial = Trial(practice.model, school.layout, practice.component)
     losses = trained(network, trial, practice, school.names, states, drill, progress)
     weights = {name: part.detach().clone() for name, part in network.state_dict().items()}
@@ -159,7 +162,7 @@ def _begun(sizes: Sizes, states: Tensor, similarity: Similarity | None, seed: in
         said, last = network.reader(states), network.reader.say
         spread = (said - said.mean(dim=0)).square().mean().sqrt().clamp_min(1e-6)
         last.weight.div_(spread)
-        last.bias.sub_(said.mean(dim=0)).div_(spread)
+        last.bias.div_(spread)
     return network
 
 

@@ -30,8 +30,8 @@ from ._tokens import Aside, ByKind, Centre, Features, Standard, collated, log_no
 READINGS = ("energy", "response")
 
 PUBLISHED: Mapping[str, Any] = {
-    "reading": "response", "probes": 1, "width": 768, "heads": 12, "widening": 4, "causal": True, "normalise": False,
-    "absent": False, "dropout": 0.0,
+    "reading": "response", "probes": 1, "width": 768, "layers": 2, "heads": 12, "widening": 4, "causal": True,
+    "normalise": False, "absent": False, "dropout": 0.0,
 }  # fmt: skip
 
 
