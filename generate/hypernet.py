@@ -24,7 +24,6 @@ from .layout import Layout, principal
 from .stacked import Group, Table
 
 Batch = TypeVar("Batch")
-SHARPNESS = 8.0  # of the experts' mixture, at first
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _layer(model: nn.Module, name: str, prefix: str) -> nn.Linear:
 
 class Sizes(NamedTuple):
     """Of a hypernetwork: numbers of a token, the reader's heads and channels, its values, the hidden layer, directions
-    that it moves in, experts that it mixes, numbers of a vector."""
+    that it moves in, numbers of a vector."""
 
     width: int
     heads: int
@@ -119,16 +118,14 @@ class Sizes(NamedTuple):
     code: int
     hidden: int
     directions: int
-    experts: int
     size: int
 
 
 class HyperNetwork(nn.Module):
-    """Descriptions (n, places, width) -> vectors (n, size): a mixture of experts, and what is to be changed in it.
+    """Descriptions (n, places, width) -> vectors (n, size): start + coefficients(description) @ directions.
 
-    The mixture's shares are a softmax over the cosines of what the reader says with the experts' keys; `start` has a
-    share too, for requests that are near to none. The change is coefficients @ directions; the coefficients are a
-    linear and a two-layer map of what the reader says, and begin at zero.
+    The coefficients are a linear and a two-layer map of what the reader says; both begin at zero, so it begins at
+    `start` whatever is asked.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -139,11 +136,6 @@ class HyperNetwork(nn.Module):
         self.out = nn.Linear(sizes.hidden, sizes.directions)
         self.start = nn.Parameter(torch.zeros(sizes.size))
         self.directions = nn.Parameter(torch.zeros(sizes.directions, sizes.size))
-        self.keys = nn.Parameter(torch.zeros(sizes.experts, sizes.code))
-        self.sharpness = nn.Parameter(torch.tensor(math.log(SHARPNESS)))
-        self.reserve = nn.Parameter(torch.zeros(()))
-        self.register_buffer("experts", torch.zeros(sizes.experts, sizes.size))
-        self.experts: Tensor
         for part in (self.straight, self.out):
             nn.init.zeros_(part.weight)
             nn.init.zeros_(part.bias)
@@ -153,45 +145,26 @@ class HyperNetwork(nn.Module):
         said: Tensor = self.reader(states, noise=noise, dropped=dropped)
         return said
 
-    def shares(self, codes: Tensor, without: Sequence[int] | None = None) -> Tensor:
-        """Each expert's share, and last that of `start`: (n, experts + 1).
-
-        without: for each description an expert that takes no part, as if its task were new.
-        """
-        cosines = functional.normalize(codes, dim=1) @ functional.normalize(self.keys, dim=1).T
-        if without is not None:
-            cosines = cosines.masked_fill(
-                nn.functional.one_hot(torch.tensor(without), len(self.keys)).bool(), -torch.inf
-            )
-        reserve = self.reserve.expand(len(codes), 1)
-        return (self.sharpness.exp() * torch.cat([cosines, reserve], dim=1)).softmax(dim=1)
-
-    def made(self, codes: Tensor, without: Sequence[int] | None = None) -> Tensor:
-        """Vectors (n, size) from what the reader says; without: see `shares`."""
-        mixture = self.shares(codes, without) @ torch.cat([self.experts, self.start[None]])
+    def made(self, codes: Tensor) -> Tensor:
+        """Vectors (n, size) from what the reader says."""
         coefficients = self.straight(codes) + self.out(self.bent(codes))
-        made: Tensor = mixture + coefficients @ self.directions
+        made: Tensor = self.start + coefficients @ self.directions
         return made
 
     def forward(self, states: Tensor) -> Tensor:
         return self.made(self.codes(states))
 
 
-def opening(
-    network: HyperNetwork, start: Tensor, experts: Tensor, codes: Tensor, known: int, chance: torch.Generator
-) -> None:
-    """Where the network begins: with the experts' vectors (n, size) and `start` (size,) to mix, the directions of what
-    the reader says of each (n, code) as keys, and to move in the `known` directions in which experts vary most, as long
-    as they vary, and others at random and of the same length."""
-    apart = experts - experts.mean(dim=0)
+def opening(network: HyperNetwork, start: Tensor, weights: Tensor, known: int, chance: torch.Generator) -> None:
+    """Where the network begins: at `start` (size,), with the `known` directions in which the experts' vectors (n, size)
+    vary most from it, as long as they vary, and the rest at random and of the same length."""
+    apart = weights - start
     axes = principal(apart, known).axes
     lengths = (apart @ axes.T).square().mean(dim=0).sqrt()
     free = len(network.directions) - len(axes)
     others = functional.normalize(torch.randn(free, len(start), generator=chance), dim=1)
     with torch.no_grad():
         network.start.copy_(start)
-        network.experts.copy_(experts)
-        network.keys.copy_(codes)
         network.directions.copy_(torch.cat([axes * lengths[:, None], others * lengths.mean()]))
 
 
@@ -203,7 +176,7 @@ class Drill(NamedTuple):
 
     tasks: in a step, each with one of its descriptions; noise and dropped: of the reader's input; rate: AdamW's, and
     `moving` for the start and the directions; shrink: weight of the mean square of a vector's distance from the start,
-    in units of the experts'. leave_out: an expert takes no part in the mixture for its own task.
+    in units of the experts'.
     """
 
     steps: int
@@ -213,7 +186,6 @@ class Drill(NamedTuple):
     noise: float
     dropped: float
     shrink: float
-    leave_out: bool
     seed: int
 
 
@@ -246,7 +218,7 @@ def trained(
             chosen = torch.randperm(len(names))[: drill.tasks].tolist()
             asked = torch.stack([states[row][int(torch.randint(len(states[row]), ()))] for row in chosen])
             codes = network.codes(asked, noise=drill.noise, dropped=drill.dropped)
-        vectors = network.made(codes, chosen if drill.leave_out else None)
+        vectors = network.made(codes)
         some = [names[row] for row in chosen]
         batches = [practice.draws[name](step, generator(drill.seed, f"{name} {step}")) for name in some]
         found, gradient = trial.gradient(vectors, practice.loss, batches, some, step)

@@ -87,17 +87,16 @@ def hyper(
     steps: int = 500,
     tasks: int = 12,
     rate: float = 3e-3,
-    moving: float = 1e-3,
+    moving: float = 3e-3,
     noise: float = 0.3,
     dropped: float = 0.15,
     shrink: float = 1e-3,
     code: int = 32,
-    hidden: int = 96,
+    hidden: int = 192,
     known: int = 24,
-    free: int = 40,
+    free: int = 80,
     heads: int = 8,
     channels: int = 32,
-    leave_out: bool = True,
     start: Tensor | None = None,
     similarity: Similarity | None = None,
     seed: int = 0,
@@ -128,12 +127,10 @@ def hyper(
         raise BadOption(f"start has shape {tuple(begin.shape)}; expected ({school.layout.size},)")
     if similarity is not None:
         code, heads, channels = similarity.sizes
-    sizes = Sizes(width, heads, channels, code, hidden, known + free, len(last), school.layout.size)
+    sizes = Sizes(width, heads, channels, code, hidden, known + free, school.layout.size)
     network = _begun(sizes, torch.cat(states), similarity, seed)
-    with torch.no_grad():
-        codes = directions([functional.normalize(network.codes(some), dim=1) for some in states])
-    opening(network, begin, last, codes, known, generator(seed, "directions"))
-    drill = Drill(steps, tasks, rate, moving, noise, dropped, shrink, leave_out, seed)
+    opening(network, begin, last, known, generator(seed, "directions"))
+    drill = Drill(steps, tasks, rate, moving, noise, dropped, shrink, seed)
     trial = Trial(practice.model, school.layout, practice.component)
     losses = trained(network, trial, practice, school.names, states, drill, progress)
     weights = {name: part.detach().clone() for name, part in network.state_dict().items()}
