@@ -17,7 +17,7 @@ from ...hub.adapter import Adapter
 from ...hub.errors import BadOption
 from ..modules import Manifest
 from ._factors import Canonical, canonical, joined
-from ._probes import agreement, project
+from ._probes import agreement, project_all
 from ._tokens import Features, log_norms
 
 _LEAST = 1e-30
@@ -68,23 +68,23 @@ def responses(deltas: Canonical, dim: int) -> Tensor:
 def _read(deltas: Canonical, sizes: Sizes) -> Tensor:
     """(modules, sum of sizes): energies of the left vectors, of the right ones, and responses, side by side."""
     shares = deltas.values / deltas.norms.clamp_min(_LEAST)[:, None]
-    left, right = deltas.left * shares[:, None], deltas.right * shares[:, None]
+    left = _projected(deltas.left, ("left", sizes.left), ("right", sizes.left), ("outputs", sizes.both))
+    right = _projected(deltas.right, ("left", sizes.right), ("right", sizes.right), ("inputs", sizes.both))
     parts = []
     if sizes.left:
-        parts.append(_energies(deltas.left, left, shares, sizes.left))
+        parts.append(_energies(left[0], left[1], shares, deltas.left.shape[1]))
     if sizes.right:
-        parts.append(_energies(deltas.right, right, shares, sizes.right))
+        parts.append(_energies(right[0], right[1], shares, deltas.right.shape[1]))
     if sizes.both:
-        one, two = _projected(left, "outputs", sizes.both), _projected(deltas.right, "inputs", sizes.both)
-        parts.append((one * two).sum(dim=1) / sizes.both**0.5)
+        parts.append(_weighted(left[2], right[2], shares) / sizes.both**0.5)
     return torch.cat(parts, dim=1)
 
 
-def _energies(vectors: Tensor, weighted: Tensor, shares: Tensor, dim: int) -> Tensor:
-    size = vectors.shape[1]
+def _energies(one: Tensor, other: Tensor, shares: Tensor, size: int) -> Tensor:
+    """(modules, dim) from two projections (modules, k, dim) of vectors of `size` numbers."""
+    dim = one.shape[2]
     level = shares.sum(dim=1, keepdim=True) / size
-    sketch = (_projected(vectors, "left", dim) * _projected(weighted, "right", dim)).sum(dim=1)
-    sketch = sketch - level * agreement(size, "left", "right", dim)
+    sketch = _weighted(one, other, shares) - level * agreement(size, "left", "right", dim)
     spread = shares.square().sum(dim=1, keepdim=True) - size * level.square()
     # a flat, full spectrum has no spread but rounding; it says nothing
     weight = torch.where(spread > 1e-5, spread.clamp_min(1e-5).rsqrt(), 0.0)
@@ -92,7 +92,14 @@ def _energies(vectors: Tensor, weighted: Tensor, shares: Tensor, dim: int) -> Te
     return sketched
 
 
-def _projected(vectors: Tensor, label: str, dim: int) -> Tensor:
-    """(modules, n, k) -> (modules, k, dim)."""
+def _weighted(one: Tensor, other: Tensor, shares: Tensor) -> Tensor:
+    """(modules, dim): the sum over k of shares (modules, k) times products of projections (modules, k, dim)."""
+    found: Tensor = torch.einsum("mk,mkd->md", shares, one * other)
+    return found
+
+
+def _projected(vectors: Tensor, *probes: tuple[str, int]) -> list[Tensor]:
+    """(modules, n, k) -> (modules, k, dim) for each of the probes (label, dim)."""
     modules, size, rank = vectors.shape
-    return project(vectors.mT.reshape(modules * rank, size), label, dim).reshape(modules, rank, dim)
+    rows = vectors.mT.reshape(modules * rank, size)
+    return [part.reshape(modules, rank, part.shape[1]) for part in project_all(rows, probes)]

@@ -18,11 +18,17 @@ BLOCK = 4096  # rows made at once (4 MiB at 256 columns): a vocabulary of 250,00
 
 def project(rows: Tensor, label: str, dim: int) -> Tensor:
     """rows (r, n) -> (r, dim): times the first n rows of an endless matrix of independent signs named `label`."""
-    total = rows.new_zeros(rows.shape[0], dim)
+    return project_all(rows, ((label, dim),))[0]
+
+
+def project_all(rows: Tensor, probes: tuple[tuple[str, int], ...]) -> tuple[Tensor, ...]:
+    """rows (r, n) -> (r, dim) for each of the probes (label, dim), as `project` has it, in one product."""
+    widths = [dim for _, dim in probes]
+    total = rows.new_zeros(rows.shape[0], sum(widths))
     for start in range(0, rows.shape[1], BLOCK):
         part = rows[:, start : start + BLOCK]
-        total += part @ _block(label, start // BLOCK, dim)[: part.shape[1]]
-    return total
+        total.addmm_(part, _blocks(probes, start // BLOCK)[: part.shape[1]])
+    return total.split_with_sizes(widths, dim=1)
 
 
 @lru_cache(maxsize=256)
@@ -40,6 +46,11 @@ def agreement(count: int, left: str, right: str, dim: int) -> Tensor:
 def signs(label: str, dim: int) -> Tensor:
     """(dim,) signs that depend on `label` alone."""
     return _unpacked(label, dim)
+
+
+@lru_cache(maxsize=16)
+def _blocks(probes: tuple[tuple[str, int], ...], index: int) -> Tensor:
+    return torch.cat([_block(label, index, dim) for label, dim in probes], dim=1)
 
 
 @lru_cache(maxsize=16)
