@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..hub.catalog import Catalog
     from ..hub.entries import Entry
     from ..index.encoders.text import TextEncoder
+    from ..index.weight_encoder import WeightEncoder
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def found_adapters(
     """The adapters that the prompt asks for and that fit the painter's base, and what came up besides."""
     from ..generate.choosing import choose
     from ..generate.painting import addressed, misfit
+    from .find import encoded
 
     opened: dict[str, tuple[Named, Adapter]] = {}
 
@@ -70,12 +72,20 @@ def found_adapters(
         return misfit(painter, opened[entry.id][1])
 
     encoder = _reader(catalog, mode, quiet=quiet) if limit else None
-    chosen, spared = choose(catalog, prompt, refusal, limit=limit, mode=mode, encoder=encoder)
+    encoders = encoded(catalog, encoder.space, quiet=quiet) if encoder and mode != "meaning" else []
+    chosen, spared = choose(
+        catalog, prompt, refusal, limit=limit, mode=mode, encoder=encoder, encoders=_of(encoders, painter)
+    )
     _, shares = weights_of([one.entry.id for one in chosen], weights if chosen else ())
     picked = [
         Picked(*opened[one.entry.id], share, one.score, one.why) for one, share in zip(chosen, shares, strict=True)
     ]
     return picked, spared
+
+
+def _of(encoders: Sequence[WeightEncoder], painter: Painter) -> list[WeightEncoder]:
+    """Those that can read adapters for the painter's base."""
+    return [one for one in encoders if same_base(one.base, painter.base)]
 
 
 def _other_base(base: str | None, painter: Painter) -> str | None:
@@ -86,14 +96,16 @@ def _other_base(base: str | None, painter: Painter) -> str | None:
 
 
 def _reader(catalog: Catalog, mode: str, *, quiet: bool) -> TextEncoder | None:
-    """The encoder that retrieval by meaning needs, once all descriptions are embedded."""
+    """The encoder that retrieval by meaning or weights needs, once all descriptions are embedded."""
     from ..index.embed import fill
     from ..index.encoders.text import text
     from . import show
 
-    if mode not in ("hybrid", "meaning"):
+    if mode not in ("hybrid", "meaning", "weights"):
         return None
     encoder = text()
+    if mode == "weights":
+        return encoder
     with show.progress("reading descriptions", quiet=quiet) as advance:
         fill(catalog, encoder, progress=advance)
     return encoder

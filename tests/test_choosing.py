@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from lorahub.generate.choosing import UNASKED, choose, lacking_triggers
+from concepts import CONCEPTS, concept_adapter, shelf
+from lorahub.generate.choosing import SURE, UNASKED, choose, lacking_triggers
 from lorahub.hub.catalog import Catalog
 from lorahub.hub.entries import Entry
 from lorahub.hub.errors import BadOption, RetrievalError
-from lorahub.index.embed import fill
+from lorahub.index.embed import fill, fill_encoded
 from lorahub.index.encoders.text import TextEncoder, text
+from lorahub.index.fitting import Example, fit
+from lorahub.index.weight_encoder import WeightEncoder
 
 LIBRARY = {
     "watercolor_v2": ("Watercolor", "Wet, pale colours that pool and run on rough paper.", "watercolor painting"),
@@ -142,3 +145,51 @@ def test_lacking_triggers() -> None:
     assert lacking_triggers("watercolor  paintings of a fox", triggers) == ["wtrclr"]
     assert lacking_triggers("a painting, WTRCLR", triggers) == ["Watercolor painting"]
     assert lacking_triggers("", ()) == []
+
+
+@pytest.fixture(scope="module")
+def weights() -> WeightEncoder:
+    """Fitted to other adapters of the four concepts."""
+    examples = [Example(concept_adapter(n % 4, 500 + n), (CONCEPTS[n % 4],)) for n in range(20)]
+    return fit("ridge", examples, text())
+
+
+@pytest.fixture
+def shelves(tmp_path: Path, encoder: TextEncoder, weights: WeightEncoder) -> Iterator[Catalog]:
+    """Two adapters a concept: of watercolor and kittens both say nothing, of the others the first."""
+    with Catalog(tmp_path / "home") as catalog:
+        list(catalog.add(shelf(tmp_path / "shelf", 2, bare=(0, 4, 1, 2, 3, 7))))
+        fill(catalog, encoder)
+        fill_encoded(catalog, weights)
+        yield catalog
+
+
+def test_what_says_nothing_is_asked_for_by_what_it_does(
+    shelves: Catalog, encoder: TextEncoder, weights: WeightEncoder
+) -> None:
+    def chosen(prompt: str, mode: str = "hybrid", given: Sequence[WeightEncoder] = (weights,)) -> set[str]:
+        found, _ = choose(shelves, prompt, anything, mode=mode, encoder=encoder, encoders=given)
+        return {one.entry.name for one in found}
+
+    kitten = {"lora-003", "lora-007"}
+    assert len(chosen("a kitten") & kitten) == 1
+    assert len(chosen("a kitten", "weights") & kitten) == 1
+    assert not chosen("a kitten", given=())
+    assert not chosen("a kitten", "meaning")
+    assert chosen("a robot") == {"robot-5"}  # its words are asked before the weights of one that says nothing
+    assert chosen("a bicycle wheel") == set()
+    found, _ = choose(shelves, "a kitten", anything, encoder=encoder, encoders=[weights])
+    assert "weights, cosine" in found[0].why[0]
+    assert found[0].score >= SURE
+
+
+def test_weights_choose_nothing_that_is_refused(shelves: Catalog, encoder: TextEncoder, weights: WeightEncoder) -> None:
+    def refusal(entry: Entry) -> str | None:
+        return "broken" if entry.name == first else None
+
+    first = ""
+    [one], _ = choose(shelves, "a kitten", refusal, mode="weights", encoder=encoder, encoders=[weights])
+    first = one.entry.name
+    [other], spared = choose(shelves, "a kitten", refusal, mode="weights", encoder=encoder, encoders=[weights])
+    assert other.entry.name != first
+    assert (first, "broken") in {(one.entry.name, one.reason) for one in spared}
