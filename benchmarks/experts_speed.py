@@ -96,6 +96,9 @@ def pictures() -> World:
     return World("pictures", model, paths, flow_matching, pupils, samples=64)
 
 
+WORLDS = {"sentences": sentences, "pictures": pictures}
+
+
 # --- what is measured -----------------------------------------------------------------------------------------------
 
 
@@ -194,7 +197,9 @@ def merged(rows: Sequence[Row]) -> Row:
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     """The table's rows, each as soon as it is there."""
-    for make in (sentences, pictures):
+    for name, make in WORLDS.items():
+        if arguments.world not in (name, "both"):
+            continue
         world = make()
         for autocast in (True, False):
             for size in STEPS:
@@ -215,6 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer adapters, one of them alone, one timed step")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--world", choices=[*WORLDS, "both"], default="both")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
