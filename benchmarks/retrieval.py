@@ -48,7 +48,7 @@ RANKS = (2, 4, 8)
 LENGTHS = {"pictures": (50, 90, 150), "sentences": (25, 45, 80)}
 QUICK_LENGTHS = (2, 3)
 QUICK_QUERIES = 4
-MENDED = "AutoLoRA, mended"
+RIDGE = "fixed probes + ridge"  # whose voice the hybrid search has
 PUBLISHED_WIDTH = 192  # 768 takes some 15 times as long
 PUBLISHED_STEPS = 600
 
@@ -58,9 +58,9 @@ def recipes(brief: bool) -> tuple[Recipe, ...]:
     few = {"steps": 2, "look": 1} if brief else {}
     published = {**PUBLISHED_LOSS, "steps": PUBLISHED_STEPS, "patience": PUBLISHED_STEPS, **few}
     return (
-        Recipe("fixed probes + ridge", "ridge"),
+        Recipe(RIDGE, "ridge"),
         Recipe("AutoLoRA, published", "autolora", {**PUBLISHED, "layers": 2, "width": PUBLISHED_WIDTH}, published),
-        Recipe(MENDED, "autolora", {}, few),
+        Recipe("AutoLoRA, mended", "autolora", {}, few),
         Recipe("W2T", "w2t", {}, few),
     )
 
@@ -85,7 +85,7 @@ def measured(world: World, room: Path, seeds: int, brief: bool) -> dict[str, Any
             seconds.setdefault(label, []).append(dict(ranking.seconds))
             spent = ", ".join(f"{name} {value:.1f} s" for name, value in ranking.seconds.items())
             print(f"  seed {seed}: {label} {spent}", flush=True)
-            if label == MENDED and ranking.encoder is not None:
+            if label == RIDGE and ranking.encoder is not None:
                 sparse_runs.append(sparse(asked, ranking.encoder, world.base, seed, QUICK_QUERIES if brief else None))
     return {
         "adapters": len(pool.copies),

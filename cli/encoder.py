@@ -27,7 +27,7 @@ app = typer.Typer(
 @app.command()
 def fit(
     base: options.Base = None,
-    kind: Annotated[str, typer.Option(help="autolora, w2t, or ridge, which takes seconds.")] = "autolora",
+    kind: Annotated[str, typer.Option(help="ridge, which takes seconds; autolora or w2t.")] = "ridge",
     steps: Annotated[int | None, typer.Option(help="Steps at most; it stops earlier where none helps.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the fit.")] = 0,
     model: Annotated[

@@ -34,9 +34,9 @@ class Bench:
     pairs: Pairs
     vectors: Tensor
 
-    def targets(self) -> Tensor:
-        """For every example the mean direction of its own texts (examples, dim)."""
-        means = torch.stack([self.vectors[list(own)].mean(dim=0) for own in self.pairs.owned])
+    def targets(self, owned: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """For every example the mean direction of its own texts (examples, dim), or of those that are said to be."""
+        means = torch.stack([self.vectors[list(own)].mean(dim=0) for own in owned or self.pairs.owned])
         return nn.functional.normalize(means, dim=1)
 
     def digest(self) -> str:

@@ -28,6 +28,8 @@ from .modules import Manifest
 from .weight_encoder import WeightEncoder, builder, frozen
 
 COMPONENTS = {"ridge": "components", "autolora": "start"}  # kind -> its option for how many components are kept
+TURNS = 4  # texts of an example that are left out in turn
+PAIRS = 2_000_000  # of texts and adapters that a calibration looks at
 FEWEST = 8  # examples below which nothing can be learned and checked
 
 
@@ -159,6 +161,7 @@ def fit(
         told=told,
         calibration=result.words,
         neighbours=result.neighbours,
+        queries=result.queries,
     )
 
 
@@ -168,6 +171,7 @@ class Result:
 
     words: Calibration
     neighbours: Calibration
+    queries: Calibration
     told: Mapping[str, Any]
 
 
@@ -214,7 +218,31 @@ def _solve(
     if progress:
         progress(Progress("fitting", 1, 1, score=score))
     told = {"penalty": solution.penalty, "left_out": {"reciprocal_rank": score, "examples": len(every)}}
-    return Result(words, neighbours, told)
+    return Result(words, neighbours, _reworded(network, bench, solution), told)
+
+
+def _reworded(network: Any, bench: Bench, solution: Any) -> Calibration:
+    """How often an adapter is what a text asks for, by cosine, when neither the adapter nor the text was learned from.
+
+    In turn the first, second ... text of every example that has several is left out, besides the example itself.
+    """
+    owned, found = bench.pairs.owned, []
+    for turn in range(min(max(map(len, owned)), TURNS)):
+        left = {own[turn] for own in owned if len(own) > max(turn, 1)}
+        kept = [[text for text in own if text not in left] or own for own in owned]
+        vectors = network.aside(solution.aimed(bench.targets(kept)).predicted())
+        texts = torch.tensor(sorted(left), dtype=torch.long)
+        found.append((vectors @ bench.vectors[texts].T, bench.pairs.fitting[texts].T))
+    if not sum(right.numel() for _, right in found):  # one text each: there is none to leave out
+        vectors = network.aside(solution.predicted())
+        found = [(vectors @ bench.vectors.T, bench.pairs.fitting.T)]
+    return _counted(torch.cat([some.flatten() for some, _ in found]), torch.cat([some.flatten() for _, some in found]))
+
+
+def _counted(cosines: Tensor, right: Tensor) -> Calibration:
+    """The calibration of that many pairs, or of some evenly chosen where there are too many."""
+    step = 1 + len(cosines) // PAIRS
+    return calibrate(cosines[::step].numpy(), right[::step].numpy())
 
 
 # --- by steps -------------------------------------------------------------------------------------------------------
@@ -240,15 +268,17 @@ def _learn(
         "held_out": {"reciprocal_rank": course.best_score, "examples": len(held)},
     }  # fmt: skip
     if not len(held):
-        return Result(Calibration(), Calibration(), told)
-    words, neighbours = _calibrated(bench, held, course.encoded(held), train, course.encoded(train))
+        return Result(Calibration(), Calibration(), Calibration(), told)
+    seen = course.encoded(held)
+    words, neighbours = _calibrated(bench, held, seen, train, course.encoded(train))
+    queries = _counted((seen @ bench.vectors.T).flatten(), bench.pairs.fitting[:, held].T.flatten())
     if settings.refit:
         network.load_state_dict(start)
         everything = Course(network, bench, settings, torch.arange(len(bench.items)), held[:0])
         _run(everything, course.best_at, "refitting", journal, progress)
         told["temperature"] = 1 / everything.scale().item()
     network.eval()
-    return Result(words, neighbours, told)
+    return Result(words, neighbours, queries, told)
 
 
 def _run(course: Course, steps: int, stage: str, journal: Journal, progress: Callable[[Progress], None] | None) -> None:

@@ -41,7 +41,7 @@ def fit_own(
     words: TextEncoder,
     *,
     base: str | None = None,
-    kind: str = "autolora",
+    kind: str = "ridge",
     settings: Settings | None = None,
     out: Path | None = None,
     progress: Callable[[Step], None] | None = None,

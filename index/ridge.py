@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +152,10 @@ class Solution:
         return Solution(
             self.left[:, :components], self.values[:components], self.targets, self.penalties, self.errors, self.penalty
         )
+
+    def aimed(self, targets: Tensor) -> Solution:
+        """The same rows and penalty with other targets (n, dim)."""
+        return replace(self, targets=targets.double() - targets.double().mean(dim=0))
 
     def predicted(self) -> Tensor:
         """What each example would get from a fit without it: unit vectors (n, dim), float32."""

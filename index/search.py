@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MODES = ("hybrid", "text", "meaning", "weights")
 DEPTH = 200  # how far down each list fusion looks
 RRF_K = 60  # Cormack, Clarke and Buettcher, "Reciprocal rank fusion ...", SIGIR 2009: 60 is near the best everywhere
-DOUBT = 0.1  # confidence below which the weights' word does not count in a hybrid search
+LIFT = 2.0  # times chance that the weights' word must be right to count in a hybrid search
 FLOOR = 0.25  # cosine below which a hit by meaning alone is noise; see `meaning_matches`
 
 
@@ -38,11 +38,13 @@ class Hit:
 
 
 class Weighed(NamedTuple):
-    """What the weights of an adapter say to a query: their vector's cosine, and how often such a cosine was right."""
+    """What the weights of an adapter say to a query: their vector's cosine, how often such a cosine was right, and
+    whether that is more than chance."""
 
     id: str
     cosine: float
     confidence: float
+    telling: bool = True
 
 
 def search(
@@ -143,7 +145,8 @@ def weight_matches(
                 "search with its text model, or fit it anew with this one"
             )
         for id_, cosine in open_index(catalog, one.space).nearest(vector, limit, allowed):
-            found = Weighed(id_, cosine, one.confidence(cosine))
+            confidence = one.confidence(cosine, of="queries")
+            found = Weighed(id_, cosine, confidence, confidence > LIFT * one.queries.chance)
             best[id_] = max(found, best.get(id_, found), key=_certainty)
     return sorted(best.values(), key=lambda one: (*(-x for x in _certainty(one)), one.id))[:limit]
 
@@ -168,7 +171,7 @@ def _with_weights(said: Mapping[str, float], weighed: Sequence[Weighed], voiced:
     votes = {
         one.id: one.confidence * (RRF_K + 1) / (RRF_K + rank)
         for rank, one in enumerate(weighed, 1)
-        if one.confidence >= DOUBT
+        if one.telling
     }
     trust = max((one.confidence for one in weighed), default=0.0)
     assumed = {id_: trust * score for id_, score in said.items() if id_ not in voiced}

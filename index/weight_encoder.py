@@ -50,7 +50,8 @@ class WeightEncoder:
 
     kind, options: which network, and how it was built. tensors: what it learned, float16 or float32. texts: the name of
     the text encoder's space. told: figures of the fit, plain data. calibration: cosine -> how often the nearest words
-    were right; neighbours: the same for the nearest adapter.
+    were right; neighbours: the same for the nearest adapter; queries: how often an adapter at such a cosine was what
+    words meant, nearest or not.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class WeightEncoder:
     told: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration = _UNMEASURED
     neighbours: Calibration = _UNMEASURED
+    queries: Calibration = _UNMEASURED
 
     @property
     def base(self) -> str | None:
@@ -98,13 +100,15 @@ class WeightEncoder:
         return np.concatenate(vectors)
 
     def confidence(self, cosine: float, *, of: str = "words") -> float:
-        """How often the nearest words ("words") or the nearest adapter ("adapters") were right at such a cosine.
+        """How often the nearest words ("words") or the nearest adapter ("adapters") were right at such a cosine, or an
+        adapter was what words asked for ("queries").
 
         Measured on adapters that the fit had not seen; 0.0 if there were none.
         """
-        if of not in ("words", "adapters"):
-            raise BadOption(f"there is no confidence of {of!r}; expected words or adapters")
-        return self.calibration(cosine) if of == "words" else self.neighbours(cosine)
+        known = {"words": self.calibration, "adapters": self.neighbours, "queries": self.queries}
+        if of not in known:
+            raise BadOption(f"there is no confidence of {of!r}; expected {', '.join(known)}")
+        return known[of](cosine)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, which is there in full or not at all. Raises FormatError if the disk refuses."""
@@ -117,6 +121,7 @@ class WeightEncoder:
             "version": _VERSION, "kind": self.kind, "manifest": self.manifest.as_json(), "dim": self.dim,
             "texts": self.texts, "options": dict(self.options), "told": dict(self.told),
             "calibration": self.calibration.as_json(), "neighbours": self.neighbours.as_json(),
+            "queries": self.queries.as_json(),
         }  # fmt: skip
         with replacing(path, force=True) as place:
             write_tensors(place, plans, chunks, {_ENTRY: json.dumps(said, sort_keys=True)})
@@ -172,6 +177,7 @@ def load_encoder(path: Path) -> WeightEncoder:
             told=dict(said["told"]),
             calibration=Calibration.from_json(said["calibration"]),
             neighbours=Calibration.from_json(said["neighbours"]),
+            queries=Calibration.from_json(said["queries"]),
         )
     except FormatError as error:
         message = str(error)

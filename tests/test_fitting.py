@@ -202,6 +202,7 @@ def test_a_calibration_is_how_often_it_was_right() -> None:
     values = [curve(cosine) for cosine in np.linspace(-1, 1, 50)]
     assert values == sorted(values)
     assert curve.cases == 4000
+    assert curve.chance == pytest.approx(1 / 3, abs=0.03)
 
 
 def test_a_calibration_never_makes_certain() -> None:
@@ -213,14 +214,39 @@ def test_a_calibration_never_makes_certain() -> None:
     assert Calibration.from_json(always.as_json()) == always
 
 
-@pytest.mark.parametrize("data", [None, {}, {"cosines": [0, 1], "shares": [1, 0], "cases": 2}, {"cosines": "x"},
-                                  {"cosines": [0.0], "shares": [2.0], "cases": 1}])  # fmt: skip
+@pytest.mark.parametrize("data", [None, {}, {"cosines": [0, 1], "shares": [1, 0], "cases": 2, "chance": 0}, {"cosines": "x"},
+                                  {"cosines": [0.0], "shares": [2.0], "cases": 1, "chance": 0}])  # fmt: skip
 def test_another_table_is_no_calibration(data: Any) -> None:
     with pytest.raises(FormatError, match="calibration"):
         Calibration.from_json(data)
 
 
 # --- fits -----------------------------------------------------------------------------------------------------------
+
+
+class Worded(Words):
+    """Texts that begin with the same word are near to one another."""
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = super().encode([text.split()[0] for text in texts]) + 0.8 * super().encode(texts)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_ridge_foretells_how_often_other_words_find_the_right_adapter() -> None:
+    """What it says of a cosine holds for words and adapters of which it learned neither."""
+    examples = [replace(one, texts=tuple(f"{one.texts[0][8:]} {n}" for n in "abc")) for one in library()]
+    encoder = fit("ridge", examples, Worded(), options=SMALL["ridge"])
+    queries = Worded().encode([f"{concept} {n}" for concept in range(CONCEPTS) for n in "xyz"])
+    vectors = encoder.encode_all(planted(concept, seed) for concept in range(CONCEPTS) for seed in (51, 52, 53))
+    cosines = (queries @ vectors.T).ravel()
+    right = np.kron(np.eye(CONCEPTS, dtype=bool), np.ones((3, 3), bool)).ravel()
+    told = np.array([encoder.confidence(float(cosine), of="queries") for cosine in cosines])
+    assert told[right].mean() > 3 * told[~right].mean()
+    assert told.mean() == pytest.approx(right.mean(), abs=0.06)
+    # of words that it learned it is surer, and of other words that would be wrong
+    sure = np.array([encoder.confidence(float(cosine)) for cosine in cosines])
+    likely = (told > 0.05) & (told < 0.95)
+    assert abs(told[likely].mean() - right[likely].mean()) < abs(sure[likely].mean() - right[likely].mean())
 
 
 @pytest.mark.parametrize(
@@ -237,6 +263,7 @@ def test_new_adapters_of_known_concepts_are_found_by_words(kind: str, steps: int
     own = encoder.encode(planted(2, 60)) @ Words().encode(["concept 2"])[0]
     assert encoder.confidence(float(own)) > 0.5 > encoder.confidence(-0.5)
     assert encoder.confidence(0.95, of="adapters") > 0.5
+    assert encoder.confidence(0.95, of="queries") > 0.5 > 2 * encoder.queries.chance
 
 
 def test_what_is_answered_to_probes_does_not_find_them() -> None:

@@ -84,7 +84,7 @@ def test_what_is_saved_is_what_is_used(encoder: WeightEncoder, tmp_path: Path) -
     loaded = load_encoder(path)
     assert loaded.space == encoder.space
     assert np.array_equal(loaded.encode(some(20)), encoder.encode(some(20)))
-    for name in ("kind", "base", "manifest", "dim", "texts", "options", "calibration", "neighbours"):
+    for name in ("kind", "base", "manifest", "dim", "texts", "options", "calibration", "neighbours", "queries"):
         assert getattr(loaded, name) == getattr(encoder, name), name
     assert json.loads(json.dumps(dict(encoder.told))) == loaded.told
     assert {array.dtype for array in load_file(path).values()} == {np.dtype("float16")}
@@ -148,14 +148,15 @@ def test_others_are_refused_by_name(encoder: WeightEncoder) -> None:
     assert np.array_equal(encoder.encode(more), encoder.encode(known))
 
 
-def test_confidence_is_of_words_or_of_adapters(ridge: WeightEncoder) -> None:
+def test_confidence_is_of_words_adapters_or_queries(ridge: WeightEncoder) -> None:
     told = [ridge.confidence(cosine) for cosine in np.linspace(-1, 1, 9)]
     assert told == sorted(told)
     assert told[0] == 0.0
     assert told[-1] > 0.5
     assert ridge.confidence(0.4) == ridge.calibration(0.4)
     assert ridge.confidence(0.4, of="adapters") == ridge.neighbours(0.4)
-    with pytest.raises(BadOption, match="words or adapters"):
+    assert ridge.confidence(0.4, of="queries") == ridge.queries(0.4)
+    with pytest.raises(BadOption, match="words, adapters, queries"):
         ridge.confidence(0.4, of="stars")
 
 

@@ -15,6 +15,7 @@ from lorahub.hub.catalog import Catalog
 from lorahub.hub.errors import RetrievalError
 from lorahub.hub.writing import save
 from lorahub.index import embed, fitted, search
+from lorahub.index.calibration import Calibration
 from lorahub.index.encoders.text import text
 from lorahub.index.fitting import Example, fit
 from lorahub.index.search import fuse, weight_matches
@@ -67,7 +68,7 @@ def test_what_says_nothing_is_found_by_what_it_does(encoded: Catalog, encoder: W
 def test_every_hit_says_how_often_its_cosine_was_right(encoded: Catalog, encoder: WeightEncoder) -> None:
     hits = search.search(encoded, "robot", mode="weights", encoders=[encoder], encoder=text())
     for hit in hits:
-        assert hit.confidence == encoder.confidence(hit.score)
+        assert hit.confidence == encoder.confidence(hit.score, of="queries")
         assert hit.why == (f"weights: cosine {hit.score:.2f}, right in {hit.confidence:.0%} of such cases",)
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     assert all(hit.confidence is None for hit in search.search(encoded, "robot", encoder=text()))
@@ -95,6 +96,7 @@ class Told:
     base: str | None = "sd-1"
     texts: str = "plane"
     trust: float = 1.0
+    queries: Calibration = Calibration(chance=0.025)
 
     def confidence(self, cosine: float, *, of: str = "words") -> float:
         return self.trust * max(0.0, cosine)
@@ -158,7 +160,7 @@ def test_the_third_voice_counts_as_far_as_it_is_trusted(voices) -> None:
     assert unsure["e"] < unsure["m"]
     assert [name for name in unsure if name in ("wm", "w", "m")] == [n for n in before if n in ("wm", "w", "m")]
     assert all(0 < score <= 1 for score in sure.values())
-    assert "e" not in ranked(catalog, Told(trust=0.05))  # right in one of twenty cases: that is no find
+    assert "e" not in ranked(catalog, Told(trust=0.05))  # right in one of twenty-five cases: hardly more than by chance
 
 
 def test_first_in_both_texts_is_never_below_weights_alone(voices) -> None:
