@@ -124,7 +124,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fits the weight encoder that ships for the picture base.")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--kind", choices=("autolora", "w2t", "ridge"), default=KIND)
-    parser.add_argument("-o", "--option", action="append", default=[*OPTIONS], metavar="NAME=VALUE", help="of the encoder")
+    parser.add_argument("-o", "--option", action="append", metavar="NAME=VALUE", help="of the encoder")
     parser.add_argument("--steps", type=int, help="of the fit")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--room", type=Path, default=ROOT / "build/retrieval", help="where adapters are kept and found")
@@ -146,7 +146,8 @@ def run(options: argparse.Namespace, room: Path, out: Path) -> dict[str, Any]:
     every = [replace(one, told=(*one.told, *one.asked)) for one in world.concepts]
     learned = Bench(pool, every, words).examples(["fit"] * len(pool.copies))
     steps = {"steps": 2, "look": 1} if brief else {"steps": options.steps} if options.steps else {}
-    given = check_options(builder(options.kind), dict(one.split("=", 1) for one in options.option))
+    chosen = options.option or (OPTIONS if options.kind == KIND else ())
+    given = check_options(builder(options.kind), dict(one.split("=", 1) for one in chosen))
     encoders, start = [], time.perf_counter()
     for seed in range(1 if brief else options.seeds):
         encoders.append(fit(options.kind, learned, words, Settings(seed=seed, **steps), options=given))

@@ -169,9 +169,7 @@ def _with_weights(said: Mapping[str, float], weighed: Sequence[Weighed], voiced:
     base) loses nothing by it: its weights are taken to say what its words say, as surely as the best vote.
     """
     votes = {
-        one.id: one.confidence * (RRF_K + 1) / (RRF_K + rank)
-        for rank, one in enumerate(weighed, 1)
-        if one.telling
+        one.id: one.confidence * (RRF_K + 1) / (RRF_K + rank) for rank, one in enumerate(weighed, 1) if one.telling
     }
     trust = max((one.confidence for one in weighed), default=0.0)
     assumed = {id_: trust * score for id_, score in said.items() if id_ not in voiced}

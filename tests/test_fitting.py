@@ -214,8 +214,17 @@ def test_a_calibration_never_makes_certain() -> None:
     assert Calibration.from_json(always.as_json()) == always
 
 
-@pytest.mark.parametrize("data", [None, {}, {"cosines": [0, 1], "shares": [1, 0], "cases": 2, "chance": 0}, {"cosines": "x"},
-                                  {"cosines": [0.0], "shares": [2.0], "cases": 1, "chance": 0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        {},
+        {"cosines": "x"},
+        {"cosines": [0, 1], "shares": [1, 0], "cases": 2, "chance": 0},
+        {"cosines": [0.0], "shares": [2.0], "cases": 1, "chance": 0},
+        {"cosines": [0.0], "shares": [1.0], "cases": 1, "chance": -1},
+    ],
+)
 def test_another_table_is_no_calibration(data: Any) -> None:
     with pytest.raises(FormatError, match="calibration"):
         Calibration.from_json(data)

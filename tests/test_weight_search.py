@@ -96,7 +96,10 @@ class Told:
     base: str | None = "sd-1"
     texts: str = "plane"
     trust: float = 1.0
-    queries: Calibration = Calibration(chance=0.025)
+
+    @property
+    def queries(self) -> Calibration:
+        return Calibration(chance=0.025)
 
     def confidence(self, cosine: float, *, of: str = "words") -> float:
         return self.trust * max(0.0, cosine)
