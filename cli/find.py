@@ -39,7 +39,11 @@ def search(
         if encoder and mode != "weights":
             with show.progress("reading descriptions", quiet=json) as advance:
                 fill(catalog, encoder, progress=advance)
-        known = encoded(catalog, encoder.space, quiet=json) if encoder and mode != "meaning" else []
+        known = (
+            encoded(catalog, encoder.space, unknown=mode == "weights", quiet=json)
+            if encoder and mode != "meaning"
+            else []
+        )
         hits = search_index(
             catalog, query, mode=mode, base=base, tags=tag or (), limit=limit, encoder=encoder, encoders=known
         )
@@ -64,16 +68,19 @@ def search(
     )
 
 
-def encoded(catalog: Catalog, texts: str | None, *, quiet: bool) -> list[WeightEncoder]:
-    """The weight encoders for the catalogue's bases (into the space `texts`), all adapters encoded that can be."""
+def encoded(catalog: Catalog, texts: str | None, *, unknown: bool = True, quiet: bool) -> list[WeightEncoder]:
+    """The weight encoders for the catalogue's bases (into the space `texts`), all adapters encoded that can be.
+
+    unknown: whether adapters of unknown base are tried, too.
+    """
     from ..index.embed import fill_encoded
     from ..index.fitted import encoders
     from . import show
 
-    found = encoders(catalog, texts)
+    found = encoders(catalog, texts, unknown=unknown)
     for encoder in found:
         with show.progress("reading weights", quiet=quiet) as advance:
-            fill_encoded(catalog, encoder, progress=advance)
+            fill_encoded(catalog, encoder, unknown=unknown, progress=advance)
     return found
 
 

@@ -72,7 +72,9 @@ def found_adapters(
         return misfit(painter, opened[entry.id][1])
 
     encoder = _reader(catalog, mode, quiet=quiet) if limit else None
-    encoders = encoded(catalog, encoder.space, quiet=quiet) if encoder and mode != "meaning" else []
+    encoders = (
+        encoded(catalog, encoder.space, unknown=mode == "weights", quiet=quiet) if encoder and mode != "meaning" else []
+    )
     chosen, spared = choose(
         catalog, prompt, refusal, limit=limit, mode=mode, encoder=encoder, encoders=_of(encoders, painter)
     )

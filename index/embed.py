@@ -88,16 +88,19 @@ def fill_encoded(
     encoder: WeightEncoder,
     *,
     among: Collection[str] | None = None,
+    unknown: bool = True,
     progress: Progress | None = None,
 ) -> int:
     """Encode the mergeable adapters of the encoder's base, or of an unknown one, that lack a vector in its space.
 
-    among: the ids to look at, None for all. Returns how many vectors were stored. What the encoder refuses gets a
+    among: the ids to look at, None for all. unknown: whether adapters of unknown base are tried; to find out that they
+    do not fit, their files are read. Returns how many vectors were stored. What the encoder refuses gets a
     vector of zeros, so that it is not tried again; what cannot be read now stays missing. A warning names both. Torch
     is not loaded where there is nothing to read.
     """
     lacking = catalog.missing_vectors(encoder.space, for_base=encoder.base)
-    lacking = [entry for entry in lacking if entry.mergeable and (among is None or entry.id in among)]
+    lacking = [one for one in lacking if one.mergeable and (among is None or one.id in among)]
+    lacking = [one for one in lacking if unknown or one.base is not None]
     failures: list[str] = []
     done = stored = 0
     for batch in _chunks(iter(lacking), ENCODED):

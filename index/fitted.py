@@ -45,12 +45,12 @@ class Described:
     texts: tuple[str, ...]
 
 
-def encoders(catalog: Catalog, texts: str | None = None) -> list[WeightEncoder]:
+def encoders(catalog: Catalog, texts: str | None = None, *, unknown: bool = True) -> list[WeightEncoder]:
     """The encoders that can read some of the catalogue's adapters, one a base: the user's own before those shipped.
 
-    texts: only those into this text encoder's space.
+    texts: only those into this text encoder's space. unknown: whether an adapter of unknown base may be for any.
     """
-    bases = catalog.bases()
+    bases = [base for base in catalog.bases() if unknown or base is not None]
     fitting = [name for name in _names(catalog.home) if any(same_base(name, base) for base in bases)]
     return [one for one in _read(catalog.home, fitting) if texts in (None, one.texts)]
 
