@@ -38,11 +38,21 @@ def generate(
     to: options.To = None,
     dtype: options.Dtype = None,
     name: Annotated[str | None, typer.Option(help="Name in the catalogue; default: from --out.")] = None,
-    force: options.Force = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace an existing output, and make an adapter even where nothing is close to the description; that "
+            "is recorded.",
+        ),
+    ] = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Make an adapter for a task from its description and the experts in the catalogue, or say why not."""
+    """Make an adapter for a task from its description and the experts in the catalogue.
+
+    Exit code 3, with the reason, where nothing in the catalogue is close to the description.
+    """
     from dataclasses import asdict
 
     from ..generate.library import open_library
@@ -57,7 +67,7 @@ def generate(
         check_name(catalog, name, out)
         encoder = text(model)
         library = open_library(catalog, encoder, base=base, exclude=exclude or ())
-        made = generate_adapter(library, description, encoder, method=method, seed=seed, given=given)
+        made = generate_adapter(library, description, encoder, method=method, seed=seed, given=given, force=force)
         facts: dict[str, Any] = {
             "description": description,
             "method": method,
@@ -66,6 +76,7 @@ def generate(
             "options": given,
         }
         facts |= {"experts": [asdict(one) for one in made.experts], "novelty": made.novelty, "versions": versions()}
+        facts |= {"similarity": made.similarity, "close": library.close, "forced": made.forced}
         target = to or fitting_format(made.adapter)
         path = out
         if not dry_run:

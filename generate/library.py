@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..hub.bases import same_base
-from ..hub.errors import GenerationError
+from ..hub.errors import Abstained, GenerationError
+from .abstaining import limit
 
 if TYPE_CHECKING:
     from ..hub.adapter import Adapter
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
     from ..index.encoders.text import TextEncoder
 
 Vectors = NDArray[np.float32]
-# Cosine from which on a description counts as close. On the example library the worst of 66 paraphrases reaches 0.32 to
-# its nearest expert, wishes for something else entirely 0.31 at most (few were tried; the margin is thin). The
-# library's own descriptions are no measure for it: written in one style, they are far nearer to one another (0.43 and
-# above) than a user's words to any of them.
+# Cosine from which on a description counts as close where nobody measured what the library reaches (`abstaining.limit`)
 CLOSE = 0.32
 
 
@@ -38,11 +36,15 @@ class Expert:
 
 @dataclass(frozen=True)
 class Library:
-    """Experts of one base, and their descriptions' unit vectors (n, dim) in the order of `experts`."""
+    """Experts of one base, and their descriptions' unit vectors (n, dim) in the order of `experts`.
+
+    close: the similarity to the nearest expert from which on a request is served, see `abstaining.limit`.
+    """
 
     base: str | None
     experts: tuple[Expert, ...]
     vectors: Vectors
+    close: float = CLOSE
 
     def similarities(self, query: Vectors) -> Vectors:
         """Cosines (n,) of a description's unit vector (dim,) with every expert's."""
@@ -72,24 +74,38 @@ def open_library(
         Expert(entry.id, entry.name, text, partial(catalog.read, entry))
         for entry, text in zip(fitting, texts, strict=True)
     )
-    return Library(base, experts, encoder.encode(texts))
+    vectors = encoder.encode(texts)
+    return Library(base, experts, vectors, limit(vectors, encoder).value)
 
 
-def ranked(library: Library, query: Vectors, count: int, least: float) -> list[tuple[int, float]]:
-    """The `count` nearest experts as (index, cosine), nearest first.
+def reread(library: Library, encoder: TextEncoder | None) -> Library:
+    """The library with its descriptions' vectors by another encoder; as it is without one."""
+    if encoder is None:
+        return library
+    return replace(library, vectors=encoder.encode([expert.description for expert in library.experts]))
 
-    Raises GenerationError where even the nearest is below `least`.
-    """
+
+def nearest_expert(library: Library, query: Vectors) -> tuple[int, float]:
+    """The expert whose description is most similar to a request's unit vector, as (index, cosine)."""
+    return ranked(library, query, 1)[0]
+
+
+def ranked(library: Library, query: Vectors, count: int) -> list[tuple[int, float]]:
+    """The `count` nearest experts as (index, cosine), nearest first."""
     cosines = library.similarities(query)
-    order = np.argsort(-cosines, kind="stable")[:count]
-    best = int(order[0])
-    if cosines[best] < least:
-        raise GenerationError(
-            f"nothing for base {library.base} is close to this description: the nearest is "
-            f"{library.experts[best].name} with similarity {cosines[best]:.2f}, expected at least {least:.2f}; "
-            "add adapters for the task, say it in other words, or lower -o min_similarity"
-        )
-    return [(int(index), float(cosines[index])) for index in order]
+    return [(int(index), float(cosines[index])) for index in np.argsort(-cosines, kind="stable")[:count]]
+
+
+def far(library: Library, query: Vectors) -> Abstained | None:
+    """The refusal to serve a request (its unit vector) that no expert is close to; None where one is."""
+    best, cosine = nearest_expert(library, query)
+    if cosine >= library.close:
+        return None
+    return Abstained(
+        f"nothing for base {library.base} is close to this description: the nearest is {library.experts[best].name} "
+        f"with similarity {cosine:.2f}, expected at least {library.close:.2f}; add adapters for the task, say it in "
+        "other words, or insist with --force"
+    )
 
 
 def share(similarities: Sequence[float], temperature: float) -> list[float]:
