@@ -55,7 +55,7 @@ def generate(
     """
     from dataclasses import asdict
 
-    from ..generate.library import open_library
+    from ..generate.library import GENERATED, open_library
     from ..generate.run import generate as generate_adapter
     from ..hub.writing import ready, save
     from ..index.encoders.text import text
@@ -83,7 +83,7 @@ def generate(
             stored = ready(made.adapter, dtype_of(dtype))
             path = save(stored, out, target, force=force, card=lambda: _card(description, facts, made))
             parents = [(find(catalog, expert.id), expert.weight) for expert in made.experts]
-            remember(catalog, path, name, f"generate:{method}", parents, facts, base=library.base, seed=seed)
+            remember(catalog, path, name, GENERATED + method, parents, facts, base=library.base, seed=seed)
             _describe(catalog, path, description)
     if json:
         show.as_json({"out": str(path), **facts})

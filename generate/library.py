@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Vectors = NDArray[np.float32]
 # Cosine from which on a description counts as close where nobody measured what the library reaches (`abstaining.limit`)
 CLOSE = 0.32
+GENERATED = "generate:"
+"""How the operations that make adapters from descriptions are called in lineage; the method's name comes after it."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,22 @@ class Library:
 
 
 def open_library(
-    catalog: Catalog, encoder: TextEncoder, *, base: str | None = None, exclude: Collection[str] = ()
+    catalog: Catalog,
+    encoder: TextEncoder,
+    *,
+    base: str | None = None,
+    exclude: Collection[str] = (),
+    tags: Collection[str] = (),
 ) -> Library:
     """The catalogue's mergeable adapters of a base that describe themselves, as experts.
 
-    `base` None stands for the only base there is. `exclude` holds ids or names to leave out. Raises GenerationError
-    where the catalogue has several bases or none that fits.
+    Adapters that were generated are no experts. `base` None stands for the only base there is. `exclude` holds ids or
+    names to leave out, `tags` what all must have. Raises GenerationError where the catalogue has several bases or none
+    that fits.
     """
-    entries = [entry for entry in catalog.entries() if entry.mergeable and (entry.description or entry.title)]
-    kept = [entry for entry in entries if not {entry.id, entry.name} & set(exclude)]
+    entries = [entry for entry in catalog.entries(tags=tags) if entry.mergeable and (entry.description or entry.title)]
+    left = {*exclude, *catalog.made_by(GENERATED)}
+    kept = [entry for entry in entries if not {entry.id, entry.name} & left]
     bases = sorted({entry.base for entry in kept if entry.base})
     if base is None and len({b for b in bases if not same_base(b, bases[0])}) > 0:
         raise GenerationError(f"the catalogue holds adapters of several bases: say --base, one of {', '.join(bases)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,8 @@ from .layout import Layout
 from .sentences import SentenceModel, SentenceTask, unit_means
 
 FEW = 40  # sentences of a task: an accuracy of 0.8 is then known to +- 0.06, and a difference between experts better
+log = logging.getLogger(__name__)
+
 TEXTS = 8  # in a pass, for each of the adapters
 
 
@@ -36,6 +39,22 @@ def thinned(task: SentenceTask, count: int | None) -> SentenceTask:
 def task_digest(task: SentenceTask) -> str:
     """sha256 of what an accuracy depends on: labels, sentences and targets."""
     return hashlib.sha256(json.dumps([task.labels, task.sentences, task.targets]).encode()).hexdigest()
+
+
+def fitting(model: SentenceModel, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The adapters that change nothing but linear layers of the model; the others are named in a warning."""
+    layers = {name: layer for name, layer in model.encoder.named_modules() if isinstance(layer, nn.Linear)}
+    sizes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    kept = {}
+    for key, adapter in adapters.items():
+        odd = [name for name, shape in adapter.shapes.items() if sizes.get(name) != (shape.outputs, shape.inputs)]
+        if odd or adapter.extras:
+            log.warning(
+                "%s is left out: %s is no linear layer of the sentence model", adapter.name, [*odd, *adapter.extras][0]
+            )
+        else:
+            kept[key] = adapter
+    return kept
 
 
 def accuracies(model: SentenceModel, adapters: Sequence[Adapter], task: SentenceTask) -> list[float]:
@@ -77,7 +96,7 @@ def _embedded(model: SentenceModel, encoder: nn.Module, texts: Sequence[str], co
     ids, mask = model.tokens(texts)
     order = mask.sum(dim=1).argsort()
     parts = []
-    for rows in order.split(TEXTS):
+    for rows in torch.split(order, TEXTS):
         longest = int(mask[rows].sum(dim=1).max())
         words, shown = ids[rows, :longest].repeat(count, 1), mask[rows, :longest].repeat(count, 1)
         states = encoder(input_ids=words, attention_mask=shown).last_hidden_state

@@ -206,6 +206,11 @@ class Catalog:
         with self._database.read() as connection:
             return lineage.ancestry(connection, rows.find(connection, ref).id)
 
+    def made_by(self, operation: str) -> set[str]:
+        """The ids of the adapters that were made by operations whose names begin so."""
+        with self._database.read() as connection:
+            return lineage.made_by(connection, operation)
+
     def link_picture(
         self,
         picture: str,

@@ -67,13 +67,13 @@ def load(connection: Connection, base: str, measure: str | None = None) -> list[
     measure: None for the one with the most scores.
     """
     counts = (
-        select(task.c.measure, func.count(transfer.c.adapter_id).label("count"))
+        select(task.c.measure, func.count(transfer.c.adapter_id).label("scores"))
         .select_from(task.outerjoin(transfer))
         .where(task.c.base == family(base))
         .group_by(task.c.measure)
     )
     if measure is None:
-        found = sorted(connection.execute(counts).all(), key=lambda row: (-row.count, row.measure))
+        found = sorted(connection.execute(counts).all(), key=lambda row: (-row.scores, row.measure))
         if not found:
             return []
         measure = found[0].measure
@@ -104,7 +104,8 @@ def _task_row(connection: Connection, base: str, one: Measured, expert: str | No
     said = {"digest": one.digest, "texts": json.dumps(list(one.texts)), "bare": one.bare, "expert": expert}
     if known is None:
         names = {"base": base, "measure": storable(one.measure), "name": storable(one.name)}
-        return int(connection.execute(insert(task).values(**names, **said)).inserted_primary_key[0])
+        [row] = connection.execute(insert(task).values(**names, **said)).inserted_primary_key or (0,)
+        return int(row)
     if known.digest != one.digest:
         connection.execute(delete(transfer).where(transfer.c.task_row == known.row))
     connection.execute(task.update().where(task.c.row == known.row).values(**said))
