@@ -17,6 +17,7 @@ from .abstaining import limit
 if TYPE_CHECKING:
     from ..hub.adapter import Adapter
     from ..hub.catalog import Catalog
+    from ..hub.entries import Entry
     from ..index.encoders.text import TextEncoder
 
 Vectors = NDArray[np.float32]
@@ -53,6 +54,12 @@ class Library:
         return np.asarray(self.vectors @ query, dtype=np.float32)
 
 
+def expert_name(entry: Entry) -> str:
+    """The expert that an adapter is a checkpoint of: the NAME of its tag `expert:NAME`, or its own name."""
+    named = [tag.partition(":")[2].strip() for tag in entry.tags if tag.startswith("expert:")]
+    return next((name for name in named if name), entry.name)
+
+
 def open_library(
     catalog: Catalog,
     encoder: TextEncoder,
@@ -63,7 +70,8 @@ def open_library(
 ) -> Library:
     """The catalogue's mergeable adapters of a base that describe themselves, as experts.
 
-    Adapters that were generated are no experts. `base` None stands for the only base there is. `exclude` holds ids or
+    Adapters that were generated are no experts; of several checkpoints of one expert (`expert_name`) the last by name
+    stands for it. `base` None stands for the only base there is. `exclude` holds ids or
     names to leave out, `tags` what all must have. Raises GenerationError where the catalogue has several bases or none
     that fits.
     """
@@ -78,6 +86,7 @@ def open_library(
     if not fitting:
         known = ", ".join(bases) or "none"
         raise GenerationError(f"no described adapter for base {base} in the catalogue (bases there: {known}); add some")
+    fitting = list({expert_name(entry): entry for entry in fitting}.values())
     texts = [entry.description or entry.title or entry.name for entry in fitting]
     experts = tuple(
         Expert(entry.id, entry.name, text, partial(catalog.read, entry))

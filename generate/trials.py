@@ -85,10 +85,10 @@ def measure_sentences(
     wanted = []
     for task in tasks.values():
         own = names.get(task.name)
-        texts = (task.description, *task.queries, *(said(own) if own else ()))
+        texts = (task.description, *task.queries, own.description if own else "")
         wanted.append(
             Measured(
-                task.name, measure, task_digest(thinned(task, sentences)), tuple(dict.fromkeys(texts)),
+                task.name, measure, task_digest(thinned(task, sentences)), tuple(dict.fromkeys(filter(None, texts))),
                 expert=own.id if own else None,
             )
         )  # fmt: skip
