@@ -192,24 +192,25 @@ def _fitted(
     *,
     quiet: bool,
 ) -> dict[str, Any]:
+    from ..generate.measuring import thinned
     from ..generate.own_generators import fit_shelf, keep, sentence_practice, tuned_options
+    from ..generate.sentences import SentenceModel
     from ..generate.taught import open_school, weights_fingerprint
-    from ..index.encoders.text import text
+    from ..hub.bases import family
+    from ..index.encoders.text import PACKAGED, text
     from . import show
 
-    encoder, chosen, fingerprint, practised = text(), dict[str, Any](given), None, None
-    if practice:
-        practised = practice_of(practice)
-    elif tasks or kind == "hyper":
-        from ..generate.measuring import thinned
-        from ..generate.sentences import SentenceModel
-
-        known, model = sentence_tasks(shelf.base, tasks), SentenceModel()
+    encoder, chosen, practised = text(), dict[str, Any](given), practice_of(practice) if practice else None
+    fingerprint = weights_fingerprint(practised.model.state_dict()) if practised else None
+    if not practised and family(shelf.base) == family(PACKAGED):
+        model = SentenceModel()
         fingerprint = weights_fingerprint(model.encoder.state_dict())
-        if kind == "semantic" and not {"neighbours", "temperature"} & set(given):
+        if tasks and kind == "semantic" and not {"neighbours", "temperature"} & set(given):
             school = open_school(shelf.experts, encoder, gauge=shelf.gauge)
-            chosen |= tuned_options(school, model, {name: thinned(task, sentences) for name, task in known.items()})
-        practised = sentence_practice(model, known)
+            known = {name: thinned(task, sentences) for name, task in sentence_tasks(shelf.base, tasks).items()}
+            chosen |= tuned_options(school, model, known)
+        if kind == "hyper":
+            practised = sentence_practice(model, sentence_tasks(shelf.base, tasks))
     with show.progress("fitting", quiet=quiet) as advance:
         made = fit_shelf(
             shelf, encoder, kind, practice=practised, fingerprint=fingerprint, given=chosen,

@@ -131,12 +131,12 @@ class LearnedWords:
 def ranker(home: Path, base: str, encoder: TextEncoder) -> tuple[LearnedWords | None, str]:
     """The learned similarity of a base where there is one that chooses better than the encoder, and a line that says so
     or why not. Raises FormatError for a damaged file."""
-    from .transfer import load
-    from .wording import matching
-
     path = similarity_path(home, base)
     if not path.is_file():
         return None, "by their descriptions' cosine (no similarity was learned: lorahub generator measure)"
+    from .transfer import load
+    from .wording import matching
+
     found = load(path)
     try:
         words = matching(found.space, encoder)

@@ -11,8 +11,10 @@ import pytest
 from commands import typed
 from lorahub.generate.own_generators import generator_path
 from lorahub.generate.stored import load
+from lorahub.hub.adapter import Adapter
 from lorahub.hub.catalog import Catalog
 from lorahub.hub.reading import read
+from lorahub.hub.writing import save
 from lorahub.index import own_similarity
 from sorters import BASE, MODULE, TOPICS, sorter, world
 
@@ -114,8 +116,6 @@ def test_hyper_learns_on_the_tasks_and_icm_on_the_weights(home: Path) -> None:
 
 def test_checkpoints_of_one_expert_share_a_tag(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAHUB_HOME", str(home / "other"))
-    from lorahub.hub.writing import save
-
     for seed, name in enumerate(["fruit", "fruit-2", "fruit-10", "pets", "music", "sport"]):
         save(
             sorter(0, size=0.3 + seed / 100),
@@ -132,6 +132,49 @@ def test_checkpoints_of_one_expert_share_a_tag(home: Path, monkeypatch: pytest.M
     assert made["novelty_in_spreads"] == {"expert": "fruit", "spreads": pytest.approx(0.0, abs=1e-3)}
     with Catalog(home / "other") as catalog:
         assert len(catalog.entries()) == 6
+
+
+PRACTICE = """
+import torch
+from torch import nn
+from lorahub.generate.hypernet import Practice
+
+def practice():
+    model = nn.ModuleDict({"a": nn.Linear(384, 384)}).eval().requires_grad_(False)
+    def loss(model, batches):
+        return model["a"](torch.cat(list(batches))).square().view(len(batches), -1).mean(dim=1)
+    draw = lambda step, chance: torch.randn(2, 384, generator=chance)
+    return Practice(model, loss, {name: draw for name in %r})
+"""
+
+
+def test_any_base_is_measured_and_judged_by_a_command_and_learned_by_practice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAHUB_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(own_similarity, "STEPS", 1)
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(CHOSEN):
+        adapter = Adapter({"a": sorter(seed).modules[MODULE]}, "tiny")
+        save(adapter, tmp_path / "shelf" / name, card=lambda name=name: f"# {name}\n\nKnows {name}.\n")
+    (tmp_path / "score.sh").write_text('echo "0.${#2}"\n')  # by the task's name, whatever the adapter
+    (tmp_path / "mine.py").write_text(PRACTICE % (CHOSEN,))
+    ran("add", tmp_path / "shelf")
+    command = f"sh {tmp_path / 'score.sh'} {{adapter}} {{task}}"
+    assert ran("generator", "measure", "--score", command)["measured"] == len(CHOSEN) ** 2
+    few = [part for one in ("steps=1", "tasks=2", "known=2", "free=1", "hidden=4", "code=4") for part in ("-o", one)]
+    made = ran("generator", "fit", "--kind", "hyper", "--practice", "mine:practice", *few)
+    assert made["experts"] == len(CHOSEN)
+    assert load(generator_path(tmp_path / "home", "tiny", "hyper")).origin.fingerprint
+    judged = ran("generator", "evaluate", "--score", command, "--practice", "mine:practice", "--folds", "2")
+    assert (
+        judged["methods"]["hyper"]["score"]
+        == judged["methods"]["blend"]["score"]
+        == pytest.approx(sum(float(f"0.{len(name)}") for name in CHOSEN) / len(CHOSEN))
+    )
+    assert judged["methods"]["hyper"]["recovered"] is None  # nothing was to be gained
+    code, _, said = typed("generator", "evaluate")
+    assert (code, "--score" in said) == (1, True)
 
 
 @pytest.mark.parametrize(
