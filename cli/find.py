@@ -26,6 +26,13 @@ def search(
     model: Annotated[
         str | None, typer.Option(help="A sentence-transformers model instead of the packaged one.")
     ] = None,
+    for_task: Annotated[
+        bool,
+        typer.Option(
+            "--for-task",
+            help="Rank adapters of one base by how well they will do a task, as learned by generator measure.",
+        ),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Search the catalogue by words, by meaning, and by what the weights do where the base has a weight encoder."""
@@ -34,6 +41,9 @@ def search(
     from ..index.search import search as search_index
     from . import show
 
+    if for_task:
+        _for_task(query, base, tag, limit, model, json=json)
+        return
     with open_catalog() as catalog:
         encoder = text(model) if mode in {"hybrid", "meaning", "weights"} else None
         if encoder and mode != "weights":
@@ -65,6 +75,35 @@ def search(
             )
             for h in hits
         ],
+    )
+
+
+def _for_task(
+    query: str, base: str | None, tags: list[str] | None, limit: int, model: str | None, *, json: bool
+) -> None:
+    """The adapters of a base by how well they will do a task; the learned similarity where it is good, else by text."""
+    from ..generate.library import open_library, ranked, reread
+    from ..index.encoders.text import text
+    from ..index.own_similarity import ranker
+    from . import show
+
+    encoder = text(model)
+    with open_catalog() as catalog:
+        library = open_library(catalog, encoder, base=base, tags=tags or ())
+        words, why = ranker(catalog.home, str(library.base), encoder)
+    shelf, by = reread(library, words), words or encoder
+    found = ranked(shelf, by.encode([query])[0], limit)
+    how = "learned" if words else "text"
+    if json:
+        rows = [(library.experts[row], score) for row, score in found]
+        show.as_json(
+            [{"id": e.id, "name": e.name, "score": s, "base": library.base, "by": how, "why": [why]} for e, s in rows]
+        )
+        return
+    show.note(f"ranked {why}")
+    show.table(
+        ["score", "name", "description"],
+        [(f"{score:.3f}", shelf.experts[row].name, _start(shelf.experts[row].description)) for row, score in found],
     )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..hub.errors import LoraHubError
-from . import analyze, combine, compress, describe, encoder, files, find, imagine, library, make, map, tour
+from . import analyze, combine, compress, describe, encoder, files, find, generator, imagine, library, make, map, tour
 
 INTERRUPTED = 130
 
@@ -45,6 +45,7 @@ for command in (
 ):
     app.command(command.__name__.rstrip("_"))(command)
 app.add_typer(encoder.app, name="encoder")
+app.add_typer(generator.app, name="generator")
 
 
 def _version(asked: bool) -> None:

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..hub.errors import BadOption, NameTaken, UnknownAdapter
+from ..hub.errors import BadOption, GenerationError, NameTaken, UnknownAdapter, UnknownMethod
 from . import options
 from .settings import open_catalog
 
 if TYPE_CHECKING:
     import torch
 
+    from ..generate.library import Library
     from ..generate.run import Generated
+    from ..generate.stored import Learned
     from ..hub.adapter import Adapter
     from ..hub.catalog import Catalog
     from ..hub.entries import Entry
+    from ..index.encoders.text import TextEncoder
     from .refs import Named
 
 
@@ -28,7 +31,10 @@ def generate(
     description: Annotated[str, typer.Argument(help="What the adapter is to do, in a sentence.")],
     out: options.Out,
     base: options.Base = None,
-    method: Annotated[str, typer.Option(help="The generator: blend or nearest.")] = "blend",
+    method: Annotated[
+        str | None,
+        typer.Option(help="blend, nearest, or a fitted kind (semantic, icm, hyper); default: the best there is."),
+    ] = None,
     option: options.Method = None,
     seed: Annotated[int, typer.Option(help="Seed for generators that draw at random.")] = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="Adapter to leave out; may be repeated.")] = None,
@@ -38,57 +44,158 @@ def generate(
     to: options.To = None,
     dtype: options.Dtype = None,
     name: Annotated[str | None, typer.Option(help="Name in the catalogue; default: from --out.")] = None,
-    force: options.Force = False,
+    force: options.Insist = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Make an adapter for a task from its description and the experts in the catalogue, or say why not."""
-    from dataclasses import asdict
+    """Make an adapter for a task from its description and the experts in the catalogue.
 
+    Exit code 3, with the reason, where nothing in the catalogue is close to the description.
+    """
     from ..generate.library import open_library
     from ..generate.run import generate as generate_adapter
     from ..hub.writing import ready, save
     from ..index.encoders.text import text
+    from ..index.own_similarity import ranker
     from . import show
-    from .refs import find
 
     given = options.pairs(option)
     with open_catalog() as catalog:
         check_name(catalog, name, out)
         encoder = text(model)
         library = open_library(catalog, encoder, base=base, exclude=exclude or ())
-        made = generate_adapter(library, description, encoder, method=method, seed=seed, given=given)
-        facts: dict[str, Any] = {
-            "description": description,
-            "method": method,
-            "base": library.base,
-            "seed": seed,
-            "options": given,
-        }
-        facts |= {"experts": [asdict(one) for one in made.experts], "novelty": made.novelty, "versions": versions()}
-        target = to or fitting_format(made.adapter)
+        method, why, generator = _chosen(catalog, library, method, given, exclude or ())
+        words, how = ranker(catalog.home, str(library.base), encoder)
+        made = generate_adapter(
+            library, description, encoder, method=method, seed=seed, given=given, ranker=words, force=force,
+            learned=_with_words(generator, encoder),
+        )  # fmt: skip
+        ranked = how if generator is None else "by the fitted generator itself"
+        facts: dict[str, Any] = {"description": description, "method": method, "why": why, "base": library.base}
+        facts |= {"seed": seed, "options": given, "ranked": ranked, "versions": versions()}
+        facts |= _figures(catalog, library, made, method)
         path = out
         if not dry_run:
             stored = ready(made.adapter, dtype_of(dtype))
+            target = to or fitting_format(made.adapter)
             path = save(stored, out, target, force=force, card=lambda: _card(description, facts, made))
-            parents = [(find(catalog, expert.id), expert.weight) for expert in made.experts]
-            remember(catalog, path, name, f"generate:{method}", parents, facts, base=library.base, seed=seed)
-            _describe(catalog, path, description)
+            _enter(catalog, path, name, facts, _parents(catalog, made, generator))
     if json:
         show.as_json({"out": str(path), **facts})
         return
     show.line(f"{'would write' if dry_run else 'wrote'} {path}: {method} for {description!r}")
+    _tell(facts, made)
+
+
+def _chosen(
+    catalog: Catalog, library: Library, method: str | None, given: Mapping[str, str], exclude: Sequence[str]
+) -> tuple[str, str, Learned | None]:
+    """The method, why it is taken, and the fitted generator where it is one. Raises UnknownMethod, BadOption."""
+    from ..generate.choosing_method import choose, stored
+    from ..generate.own_generators import fitted_kinds, generator_path
+    from ..generate.run import methods
+    from ..generate.stored import kinds, load
+
+    base = str(library.base)
+    fitted = fitted_kinds(catalog.home, base)
+    why = "asked for"
+    if method is None:
+        there = (
+            methods() if exclude or given else [*methods(), *fitted]
+        )  # a fit can leave nobody out, and has no options
+        method, why = choose(stored(catalog.home, base), there)
+    if method in methods():
+        return method, why, None
+    if method not in kinds():
+        raise UnknownMethod(f"{method!r} is no way to generate: {', '.join([*methods(), *kinds()])}")
+    if method not in fitted:
+        raise GenerationError(f"no {method} was fitted for {base}: run `lorahub generator fit --kind {method}`")
+    if exclude:
+        raise BadOption(f"--exclude has no effect on {method}, which was fitted to all; fit it anew, or use blend")
+    return method, why, load(generator_path(catalog.home, base, method))
+
+
+def _with_words(generator: Learned | None, encoder: TextEncoder) -> tuple[Learned, TextEncoder] | None:
+    from ..index.wording import matching
+
+    return (generator, matching(generator.origin.space, encoder)) if generator else None
+
+
+def _parents(catalog: Catalog, made: Generated, generator: Learned | None) -> list[tuple[Named, float]]:
+    """The adapters behind a result: of an expert with several checkpoints all of them, with equal parts of its weight.
+
+    An expert of a fitted generator that is no longer in the catalogue is named on stderr.
+    """
+    from . import show
+    from .refs import find
+
+    members = generator.origin.told.get("members", {}) if generator else {}
+    found = []
+    for expert in made.experts:
+        ids = members.get(expert.id, [expert.id])
+        try:
+            found += [(find(catalog, id_), expert.weight / len(ids)) for id_ in ids]
+        except UnknownAdapter:
+            show.note(f"the expert {expert.name} of the fitted generator is no longer in the catalogue")
+    return found
+
+
+def _figures(catalog: Catalog, library: Library, made: Generated, method: str) -> dict[str, Any]:
+    """How near the request, how new the result, and what it may gain, where something is known of that."""
+    from dataclasses import asdict
+
+    from ..generate.choosing_method import estimate, stored
+    from ..generate.own_generators import gathered_checkpoints
+
+    known = estimate(stored(catalog.home, str(library.base)), method, made.similarity)
+    several = gathered_checkpoints(catalog, str(library.base))
+    return {
+        "experts": [asdict(one) for one in made.experts],
+        "similarity": made.similarity, "close": library.close, "forced": made.forced,
+        "novelty": made.novelty, "novelty_in_spreads": _distance_told(made, several),
+        "estimate": asdict(known) if known else None,
+    }  # fmt: skip
+
+
+def _distance_told(made: Generated, shelf: Mapping[str, Sequence[Adapter]]) -> dict[str, Any] | None:
+    """The distance from the nearest expert's nearest checkpoint, in units of how far its checkpoints are apart."""
+    from ..generate.own_generators import distance_in_spreads
+
+    found = distance_in_spreads(made.adapter, shelf)
+    return {"expert": found[0], "spreads": found[1]} if found else None
+
+
+def _tell(facts: Mapping[str, Any], made: Generated) -> None:
+    from . import show
+
+    show.line(f"{facts['method']}: {facts['why']}; experts are ranked {facts['ranked']}")
     show.table(
         ["expert", "similarity", "weight"],
         [(e.name, f"{e.similarity:.3f}", f"{e.weight:.3f}") for e in made.experts],
     )
-    show.line(f"novelty {made.novelty:.3f} (1 - cosine with the nearest of these experts; 0 is a copy)")
+    show.line(f"novelty {made.novelty:.3f} (1 - cosine with the nearest expert that it knows; 0 is a copy)")
+    if far := facts["novelty_in_spreads"]:
+        show.line(f"{far['spreads']:.2f} times as far from {far['expert']} as that expert's checkpoints are apart")
+    if told := facts["estimate"]:
+        share = "" if told["share"] is None else f", {told['share']:.0%} of what an own expert gains"
+        show.line(
+            f"expected gain {told['gain']:+.3f} in {told['measure']}{share}: the mean of {told['tasks']} tasks that "
+            "were left out and were as near to their library"
+        )
+    if facts["forced"]:
+        show.note(
+            f"nothing is close: similarity {facts['similarity']:.2f} is below {facts['close']:.2f}; made by --force"
+        )
 
 
-def _describe(catalog: Catalog, path: Path, description: str) -> None:
+def _enter(
+    catalog: Catalog, path: Path, name: str | None, facts: Mapping[str, Any], parents: Sequence[tuple[Named, float]]
+) -> None:
+    from ..generate.library import GENERATED
     from ..hub.reading import fingerprint
 
-    catalog.describe(catalog.entry(fingerprint(path)[:16]).id, description)
+    remember(catalog, path, name, GENERATED + facts["method"], parents, facts, base=facts["base"], seed=facts["seed"])
+    catalog.describe(catalog.entry(fingerprint(path)[:16]).id, facts["description"])
 
 
 def _card(description: str, facts: Mapping[str, Any], made: Generated) -> str:
@@ -102,7 +209,7 @@ tags: [lora, lorahub, generated]
 # Generated: {description}
 
 Made by lorahub: generator `{facts["method"]}`, seed {facts["seed"]}. It was trained on nothing: it is made of these
-experts, chosen by how similar their descriptions are. Measure it on your task before you rely on it.
+experts, found {facts["ranked"]}. Measure it on your task before you rely on it.
 
 | expert | similarity | weight |
 |---|---|---|

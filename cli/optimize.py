@@ -75,28 +75,28 @@ def command_metric(command: str, *, to: str | None = None) -> Callable[[Adapter]
         with tempfile.TemporaryDirectory(prefix="lorahub-") as room:
             name = "adapter" if dialect == "peft" else "adapter.safetensors"
             path = save(ready(adapter), Path(room) / name, dialect)
-            return _score(command, [word.replace("{}", str(path)) for word in words])
+            return scored(f"--optimize {command!r}", [word.replace("{}", str(path)) for word in words])
 
     return metric
 
 
-def _score(command: str, words: Sequence[str]) -> float:
-    """The number on the last line that a command prints. Raises BadOption with what it printed otherwise."""
+def scored(what: str, words: Sequence[str]) -> float:
+    """The number on the last line that a command prints. Raises BadOption, beginning with `what`, with what it printed
+    otherwise."""
     try:
         done = subprocess.run(
             words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
         )
     except OSError as error:
-        raise BadOption(f"--optimize {command!r}: {words[0]} cannot be run ({error.strerror})") from None
+        raise BadOption(f"{what}: {words[0]} cannot be run ({error.strerror})") from None
     if done.returncode:
-        raise BadOption(f"--optimize {command!r}: exit status {done.returncode}; {_said(done.stderr or done.stdout)}")
+        raise BadOption(f"{what}: exit status {done.returncode}; {_said(done.stderr or done.stdout)}")
     lines = done.stdout.strip().splitlines()
     try:
-        return float(lines[-1])
+        score = float(lines[-1])
     except (IndexError, ValueError):
-        raise BadOption(
-            f"--optimize {command!r}: expected a number on the last line of stdout; {_said(done.stdout)}"
-        ) from None
+        raise BadOption(f"{what}: expected a number on the last line of stdout; {_said(done.stdout)}") from None
+    return score
 
 
 def _said(text: str) -> str:

@@ -23,6 +23,10 @@ AllowPickle = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="Where to write the result.")]
 To = Annotated[str | None, typer.Option("--to", help="peft, diffusers or kohya; default: what fits the modules.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Insist = Annotated[
+    bool,
+    typer.Option("--force", help="Replace an existing output, and make one even where nothing is close; recorded."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: the inputs'.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="alpha for files that do not store one.")]

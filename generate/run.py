@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..hub import plugins
 from ..hub.errors import BadOption
-from .library import Library, Vectors
+from .library import Library, Vectors, far, nearest_expert, reread
 
 if TYPE_CHECKING:
     from ..hub.adapter import Adapter
@@ -31,12 +32,15 @@ class Share:
 class Generated:
     """A new adapter, the experts behind it, and its novelty.
 
-    novelty: 1 - cosine between the new delta and that of its nearest expert; 0 is a copy.
+    novelty: 1 - cosine between the new delta and that of its nearest expert; 0 is a copy. similarity: of the request's
+    words to the nearest description, -1 to 1; forced: whether it is made although that is too far.
     """
 
     adapter: Adapter
     experts: tuple[Share, ...]
     novelty: float
+    similarity: float = math.nan
+    forced: bool = False
 
 
 class Generator(Protocol):
@@ -60,14 +64,30 @@ def generate(
     method: str = "blend",
     seed: int = 0,
     given: Mapping[str, Any] | None = None,
+    ranker: TextEncoder | None = None,
+    learned: tuple[Generator, TextEncoder] | None = None,
+    force: bool = False,
 ) -> Generated:
     """Make an adapter for a task from its description and the experts of a library.
 
-    given: the method's options. Raises GenerationError where nothing in the library is close, UnknownMethod, BadOption.
+    encoder: that of the library's vectors, by which a request is near or far. given: the method's options. ranker: the
+    encoder by which the method ranks experts instead, see `index.transfer`. learned: a fitted generator, which takes
+    the method's place, and the encoder that it was fitted to. force: serve a request that is far from everything, too.
+    Raises Abstained, UnknownMethod, BadOption.
     """
     if not description.strip():
         raise BadOption("the description is empty; say what the adapter is to do")
-    function = plugins.load(METHODS, method)
-    chosen = plugins.check_options(function, dict(given or {}))
-    generator: Generator = function(library, **chosen)
-    return generator.sample(encoder.encode([description])[0], seed=seed)
+    query = encoder.encode([description])[0]
+    refusal = far(library, query)
+    if refusal and not force:
+        raise refusal
+    if learned:
+        generator, words = learned
+        if given:
+            raise BadOption(f"a fitted generator has no option {next(iter(given))!r}; it has those of its fit")
+    else:
+        words = ranker or encoder
+        function = plugins.load(METHODS, method)
+        generator = function(reread(library, ranker), **plugins.check_options(function, dict(given or {})))
+    made = generator.sample(query if words is encoder else words.encode([description])[0], seed=seed)
+    return replace(made, similarity=nearest_expert(library, query)[1], forced=refusal is not None)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from .adapter import Adapter
+    from .transfer import Measured
 
 PAINTED = "imagine"
 """The operation that makes a picture from adapters."""
@@ -205,6 +206,11 @@ class Catalog:
         with self._database.read() as connection:
             return lineage.ancestry(connection, rows.find(connection, ref).id)
 
+    def made_by(self, operation: str) -> set[str]:
+        """The ids of the adapters that were made by operations whose names begin so."""
+        with self._database.read() as connection:
+            return lineage.made_by(connection, operation)
+
     def link_picture(
         self,
         picture: str,
@@ -284,6 +290,20 @@ class Catalog:
 
         with self._database.write() as connection:
             vectors.store(connection, space, vectors_)
+
+    def record_transfer(self, base: str, tasks: Iterable[Measured]) -> None:
+        """Keep what was measured on tasks of a base, beside what was measured before; see `transfer.record`."""
+        from . import transfer
+
+        with self._database.write() as connection:
+            transfer.record(connection, base, tasks)
+
+    def transfer(self, base: str, measure: str | None = None) -> list[Measured]:
+        """The tasks of a base and the scores on them, by name; by one measure, None for that with the most scores."""
+        from . import transfer
+
+        with self._database.read() as connection:
+            return transfer.load(connection, base, measure)
 
     def verify(self) -> list[str]:
         """What is wrong, one line each: the database, blobs that changed, adapters whose files are gone or changed."""

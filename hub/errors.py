@@ -12,7 +12,8 @@
     ├── BadOption               an option that a method does not have, or a value outside its range
     ├── TargetExists            the output exists and `--force` was not given
     ├── RetrievalError          an index or encoder cannot answer
-    └── GenerationError         no adapter can honestly be generated for this description
+    └── GenerationError         no adapter can honestly be generated
+        └── Abstained           the description is far from everything in the library
 
 Every message is one line and says what was found, what was expected and what to do.
 """
@@ -73,4 +74,10 @@ class RetrievalError(LoraHubError):
 
 
 class GenerationError(LoraHubError):
-    """No adapter can honestly be generated for this description."""
+    """No adapter can honestly be generated."""
+
+
+class Abstained(GenerationError):
+    """The description is far from everything in the library; exit code 3."""
+
+    exit_code = 3

@@ -76,6 +76,12 @@ def _link(row: Row[Any]) -> Link:
     return Link(**values, options=json.loads(row.options))
 
 
+def made_by(connection: Connection, operation: str) -> set[str]:
+    """Ids of what was made by operations whose names begin so."""
+    begins = lineage.c.operation.startswith(operation, autoescape=True)
+    return set(connection.scalars(select(lineage.c.child).where(begins).distinct()))
+
+
 def descendants(connection: Connection, parent: str) -> list[str]:
     """Ids of the adapters that were made directly from this one."""
     return list(connection.scalars(select(lineage.c.child).where(lineage.c.parent == parent).distinct()))

@@ -24,7 +24,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-NEWEST = "0001"
+NEWEST = "0002"
 """The migration that these tables are the result of."""
 
 metadata = MetaData()
@@ -126,6 +126,30 @@ vector = Table(
     Column("data", LargeBinary, nullable=False),  # little-endian float32
     UniqueConstraint("adapter_id", "space"),
     sqlite_autoincrement=True,
+)
+
+# A task on which adapters of a base were measured. `digest` is of what a score depends on besides the adapter: when it
+# changes, the scores go.
+task = Table(
+    "task",
+    metadata,
+    Column("row", Integer, primary_key=True, autoincrement=True),
+    Column("base", Text, nullable=False),  # its family, so that all names of a base are one
+    Column("measure", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("texts", Text, nullable=False),  # JSON list: ways to ask for it
+    Column("bare", Float),  # the score of the base without an adapter
+    Column("expert", String(16), ForeignKey("adapter.id", ondelete="SET NULL")),  # the adapter that is made for it
+    UniqueConstraint("base", "measure", "name"),
+)
+
+transfer = Table(
+    "transfer",
+    metadata,
+    Column("task_row", Integer, ForeignKey("task.row", ondelete="CASCADE"), primary_key=True),
+    Column("adapter_id", String(16), ForeignKey("adapter.id", ondelete="CASCADE"), primary_key=True, index=True),
+    Column("score", Float, nullable=False),
 )
 
 SEARCHED = ("name", "title", "description", "triggers", "tags", "words")

@@ -256,18 +256,25 @@ def folded(
 
 
 def ranked(
-    vectors: Sequence[Vectors], transfer: Vectors | Tensor, parts: Sequence[tuple[tuple[int, ...], Similarity]]
+    vectors: Sequence[Vectors],
+    transfer: Vectors | Tensor,
+    parts: Sequence[tuple[tuple[int, ...], Similarity]],
+    others: Sequence[Vectors] | None = None,
 ) -> Ranking:
-    """How well the tasks that similarities were fitted without (`folded`) are served by what these choose."""
+    """How well the tasks that similarities were fitted without (`folded`) are served by what these choose.
+
+    others: the descriptions' vectors by which the plain cosine chooses; the same unless given.
+    """
     scores, found = torch.as_tensor(transfer).double(), []
+    others = vectors if others is None else others
     for out, similarity in parts:
         kept = [place for place in range(len(vectors)) if place not in out]
         learned = _keys([similarity.project(vectors[place]) for place in kept])
-        plain = _keys([vectors[place] for place in kept])
+        plain = _keys([others[place] for place in kept])
         for place in out:
             measured = scores[kept, place]
             chosen = (torch.from_numpy(similarity.project(vectors[place])) @ learned.T).argmax(dim=1)
-            near = (torch.as_tensor(vectors[place]).float() @ plain.T).argmax(dim=1)
+            near = (torch.as_tensor(others[place]).float() @ plain.T).argmax(dim=1)
             found.append((measured[chosen].mean(), measured[near].mean(), measured.mean(), measured.max()))
     return Ranking(*(float(sum(part)) / len(found) for part in zip(*found, strict=True)))
 

@@ -88,9 +88,15 @@ def test_generate_blends_the_near_and_refuses_the_far(call, shelf: Path, tmp_pat
     torch.testing.assert_close(read(tmp_path / "g").modules[NAMES[1]].dense(), wanted)
 
     code, _, said = call("generate", "quantum chromodynamics on the lattice", "--base", "tiny", "--out", tmp_path / "n")
-    assert code == 1
+    assert code == 3
     assert "close" in said
     assert not (tmp_path / "n").exists()
+    assert json.loads(out)["forced"] is False
+    far = ["generate", "quantum chromodynamics on the lattice", "--base", "tiny", "--out", tmp_path / "far", "--json"]
+    insisted = json.loads(call(*far, "--force")[1])
+    assert insisted["forced"] is True
+    assert insisted["similarity"] < insisted["close"]
+    assert json.loads(call("show", "far", "--json")[1])["lineage"][0]["options"]["forced"] is True
     assert call("generate", "sort mails", "--base", "other", "--out", tmp_path / "n")[0] == 1
 
 

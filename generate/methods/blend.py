@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...hub.adapter import Adapter
 from ...hub.errors import BadOption, GenerationError
 from ...hub.lowrank import LowRank, concat
-from ..library import CLOSE, Library, Vectors, ranked, share
+from ..library import Library, Vectors, ranked, share
 from ..run import Generated, Generator, Share
 
 
@@ -17,10 +17,9 @@ class _Blend:
     neighbours: int
     temperature: float
     rank: int | None
-    least: float
 
     def sample(self, query: Vectors, *, seed: int) -> Generated:
-        near = ranked(self.library, query, self.neighbours, self.least)
+        near = ranked(self.library, query, self.neighbours)
         weights = share([cosine for _, cosine in near], self.temperature)
         experts = [self.library.experts[index] for index, _ in near]
         loaded = [expert.load() for expert in experts]
@@ -42,16 +41,15 @@ def blend(
     neighbours: int = 4,
     temperature: float = 0.2,
     rank: int | None = None,
-    min_similarity: float = CLOSE,
 ) -> Generator:
     """sum_k softmax(similarity_k / temperature) delta_k over the nearest experts: SG-LoRA's prior mean in delta space.
 
     neighbours: experts taken. temperature: small follows the nearest, large averages. rank: of the result; None keeps
-    the sum exact. min_similarity: cosine below which the generator refuses.
+    the sum exact.
     """
     if neighbours < 1 or temperature <= 0:
         raise BadOption(f"neighbours is {neighbours}, temperature {temperature}; expected at least 1 and above 0")
-    return _Blend(library, neighbours, temperature, rank, min_similarity)
+    return _Blend(library, neighbours, temperature, rank)
 
 
 def _weighted_sum(experts: list[Adapter], weights: list[float], rank: int | None) -> dict[str, LowRank]:
