@@ -6,7 +6,8 @@
 Every generator is fitted to an adapter, an expert, for each of the taught tasks, and is asked for the held-out ones in
 sentences that no description has. Figures are shares of the oracle's gain: (score - base) / (oracle - base), gains
 summed over the held-out tasks, as means over splits and seeds with the spread (standard deviation) over them. Two
-libraries: experts that began at one point, and independent ones. Then the library's own adapters, packed and rebuilt.
+libraries: experts that began at one point, and independent ones, with the first split and seed. Then the library's own
+adapters, packed and rebuilt.
 
     digits      48 described image domains, 12 held out, which are new combinations of known factors; a score is the
                 accuracy. Base A has seen clean upright digits only, B the taught domains, mixed. "turns" is a smooth
@@ -48,7 +49,7 @@ SEEDS = {"digits": 3, "sentences": 1, "pictures": 1}
 
 
 def settings(splits: int, seeds: int, *, quick: bool, world: str = "digits") -> list[Setting]:
-    """All cells; those of one initialisation first, and independent ones with the first seed only."""
+    """All cells; those of one initialisation first, independent ones of the first split with the first seed."""
     from generation_world import Setting
 
     if world != "digits":
@@ -63,8 +64,7 @@ def settings(splits: int, seeds: int, *, quick: bool, world: str = "digits") -> 
         Setting(base, "shared", split, seed) for base in ("A", "B") for split in range(splits) for seed in range(seeds)
     ]
     every += [Setting("turns", "shared", 0, seed) for seed in range(seeds)]
-    every += [Setting(base, "independent", split, 0) for base in ("A", "B") for split in range(splits)]
-    return [*every, Setting("turns", "independent", 0, 0)]
+    return [*every, *(Setting(base, "independent", 0, 0) for base in ("A", "B", "turns"))]
 
 
 # --- in the workers -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from generation_training import Experts
 from generation_world import Draw, Loss, Plan, Setting, Split
 from torch import Tensor, nn
 
-PLAN = Plan(FULL)
+PLAN = Plan(FULL, folds=3)
 BRIEF = Plan(
     QUICK, descriptions=3, probes=30, tests=60, choice=60, queries=1, similarity=20, folds=2, semantic=10, icm=2,
     regression=20, hyper=25, hyper_samples=8,
@@ -32,7 +32,7 @@ class DigitTasks:
     plan: Plan
     room: Room
     component: str = ""
-    together: int = 12
+    together: int = 2  # more pictures in a pass do not fit into a processor's cache
     loss: Loss = reading
     score: Loss = hits
 

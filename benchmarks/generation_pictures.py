@@ -47,7 +47,7 @@ PLAN = Plan(
 )  # fmt: skip
 BRIEF = Plan(
     Training((3, 2), (3, 8), checkpoints=2, every=1), descriptions=3, probes=2, tests=4, choice=2, queries=1,
-    similarity=20, folds=2, semantic=10, icm=2, icm_stages=12, icm_channels=1, regression=10, hyper=3, hyper_samples=1,
+    similarity=20, folds=2, semantic=10, icm=2, icm_stages=12, icm_channels=1, regression=20, hyper=3, hyper_samples=1,
     only=("watercolor", "pencil sketch", "blueprint", "neon", "sepia", "halftone", "pastel", "comic"),
 )  # fmt: skip
 

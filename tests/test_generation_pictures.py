@@ -96,6 +96,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     read = SimpleNamespace(read=lambda texts: (torch.ones(len(texts), 2, 6), torch.ones(len(texts), 2).long()))
     tasks = generation_pictures.every_task()[:8]
     monkeypatch.setattr(generation_pictures, "every_task", lambda: tasks)
+    monkeypatch.setattr(generation_pictures, "LAYERS", ("to_q", "proj_out"))
     monkeypatch.setattr(generation_pictures, "LEARNED", 6)
     monkeypatch.setattr(generation_pictures, "TESTED", 4)
     monkeypatch.setattr(generation_pictures, "load", lambda folder, artist: Art(artist, names, pixels))
