@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from generation_world import Split
+
 
 @dataclass(frozen=True)
 class Phrases:
@@ -150,14 +152,6 @@ def _turned(angle: int) -> Domain:
     side = "clockwise" if angle > 0 else "anticlockwise"
     texts = [template.format(abs(angle), side) for template in _TURN_WORDS]
     return Domain(f"turned {angle}", tuple(texts[:3]), tuple(texts[3:]), angle=-float(angle))
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which domains there are experts for, and which are held out, by place."""
-
-    taught: tuple[int, ...]
-    held: tuple[int, ...]
 
 
 def split(number: int, held: int = 12) -> Split:

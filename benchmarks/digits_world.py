@@ -8,18 +8,18 @@ once. Noise is drawn anew for every picture that is learned from, and is fixed f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from digits_tasks import Domain
 from generation_room import Recipe, Room, digest
-from lorahub.generate.experts import Pupil, generator, linear_paths, train
+from generation_training import Experts, Trainer
+from generation_world import Start
+from lorahub.generate.experts import generator, linear_paths
 from lorahub.generate.layout import Layout
-from lorahub.hub.adapter import Adapter
-from lorahub.hub.lowrank import LowRank
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,7 +29,6 @@ NOISE, BLUR = 0.4, 1.5  # standard deviations: of grey values, and of the blur i
 LAYERS = ("query", "key", "value")
 RANK, SCALE = 2, 2.0
 RATE = 1e-2  # of adapters
-Start = Literal["shared", "independent"]
 
 
 @dataclass(frozen=True)
@@ -270,31 +269,6 @@ def mixture(domains: Sequence[Domain], size: int) -> Callable[[int, torch.Genera
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 
-def late(steps: int) -> Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]:
-    """A schedule: up, down a cosine to a fifth of the rate at three quarters of the way, and on with that.
-
-    The checkpoints are taken at the end, where the rate no longer falls: they differ as training goes on.
-    """
-
-    def share(step: int) -> float:
-        warm, end = max(1, steps // 20), 3 * steps // 4
-        if step < warm:
-            return (step + 1) / warm
-        passed = min(1.0, (step - warm) / max(1, end - warm))
-        return 0.2 + 0.8 * (1 + float(torch.cos(torch.tensor(passed * torch.pi)))) / 2
-
-    return lambda optimizer, _: torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-
-@dataclass(frozen=True)
-class Experts:
-    """vectors: float32 (domains, checkpoints, size), in the layout, whose gauge is none."""
-
-    recipe: Recipe
-    layout: Layout
-    vectors: Tensor
-
-
 def experts(
     room: Room, base: Base, domains: Sequence[Domain], effort: Effort, *, start: Start = "shared", seed: int = 0
 ) -> Experts:
@@ -308,29 +282,10 @@ def experts(
         "rank": [RANK, SCALE, RATE],
         "version": 1,
     }
-    steps, size = effort.experts
-    pupils = [
-        Pupil(
-            one.name,
-            drawing(one).learning(size),
-            seed=seed if start == "shared" else 1000 * (seed + 1) + place,
-            rank=RANK,
-            scale=SCALE,
-        )
-        for place, one in enumerate(domains)
-    ]
-    wanted = [steps - effort.every * back for back in range(effort.checkpoints)][::-1]
-    layout = layout_of(base)
-
-    def make() -> Mapping[str, Tensor]:
-        done = train(
-            base.model, paths(base.model), pupils, reading, steps=steps, rate=RATE, schedule=late(steps), clip=1.0,
-            checkpoints=wanted, base=base.name, together=16,
-        )  # fmt: skip
-        rows = [[layout.flatten(done.checkpoints[at][place]) for at in wanted] for place in range(len(domains))]
-        return {"vectors": torch.stack([torch.stack(row) for row in rows])}
-
-    return Experts(recipe, layout, room.tensors("experts", recipe, make)["vectors"])
+    draws = {one.name: drawing(one).learning(effort.experts[1]) for one in domains}
+    trainer = trainer_of(base)
+    made = room.tensors("experts", recipe, lambda: trainer.experts(draws, effort, start=start, seed=seed))
+    return Experts(recipe, trainer.layout, made["vectors"])
 
 
 def multitask(room: Room, base: Base, domains: Sequence[Domain], effort: Effort, *, seed: int = 0) -> Tensor:
@@ -343,20 +298,15 @@ def multitask(room: Room, base: Base, domains: Sequence[Domain], effort: Effort,
         "rank": [RANK, SCALE, RATE],
         "version": 1,
     }
-    steps, size = effort.multitask
-    pupil = Pupil("multi-task", mixture(domains, size), seed=seed, rank=RANK, scale=SCALE)
+    draw = mixture(domains, effort.multitask[1])
+    return room.tensors("multitask", recipe, lambda: trainer_of(base).one(draw, effort, seed=seed))["vector"]
 
-    def make() -> Mapping[str, Tensor]:
-        done = train(
-            base.model, paths(base.model), [pupil], reading, steps=steps, rate=RATE, schedule=late(steps), clip=1.0,
-            base=base.name,
-        )  # fmt: skip
-        return {"vector": layout_of(base).flatten(done.adapters[0])}
 
-    return room.tensors("multitask", recipe, make)["vector"]
+def trainer_of(base: Base) -> Trainer:
+    """How adapters for a base are trained."""
+    return Trainer(base.name, base.model, paths(base.model), reading, RANK, SCALE, RATE)
 
 
 def layout_of(base: Base) -> Layout:
     """The layout of the adapters for a base."""
-    shape = LowRank(torch.zeros(RANK, WIDTH), torch.zeros(WIDTH, RANK), SCALE)
-    return Layout.of([Adapter(dict.fromkeys(paths(base.model), shape), base.name)], gauge="none")
+    return trainer_of(base).layout

@@ -1,35 +1,21 @@
-"""One cell of the generation benchmark on the digits: a base, a library and a split, and all that its rows share.
+"""One cell of the generation benchmark: a base, a library and a split of a world, and all that its rows share.
 
-Everything is made when it is first asked for and kept in the room. Rows choose on the taught tasks' own pictures;
-held-out pictures are touched by `Cell.tested` alone, and for the rows that say so.
+Everything is made when it is first asked for and kept in the room. Rows choose on the taught tasks' own samples;
+held-out ones are touched by `Cell.tested` alone, and for the rows that say so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from digits_tasks import Domain, Split, described_domains, split, turned_domains, turned_split
-from digits_world import (
-    FULL,
-    QUICK,
-    Base,
-    Effort,
-    Experts,
-    Labelled,
-    Start,
-    base,
-    drawing,
-    experts,
-    hits,
-    multitask,
-    reading,
-)
 from generation_room import Recipe, Room
+from generation_training import Experts
+from generation_world import Plan, Setting, Sources, Split, Task, World, open_world
 from lorahub.generate.hypernet import Practice, Trial
 from lorahub.generate.layout import Layout
 from lorahub.generate.taught import School, Taught, open_school
@@ -38,58 +24,15 @@ from lorahub.index.transfer import Similarity, fit_similarity, folded
 from lorahub.index.wording import token_states, token_width
 from torch import Tensor
 
-TOGETHER = 12  # adapters in one pass
-
-Name = Literal["A", "B", "turns"]
 Words = Literal["sentences", "tokens"]
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Which cell. base: A has seen clean upright digits, B the taught domains; "turns" is A's, on the smooth family."""
-
-    base: Name
-    start: Start
-    split: int
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.base}, {self.start}, split {self.split}, seed {self.seed}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is done.
-
-    descriptions: of each taught task; probes: pictures of each to choose by; pictures: to be tested on; queries: of
-    each held-out task; tuning: descriptions of each taught task to choose temperatures by; folds: that similarities are
-    validated with; hyper_pictures: of a task in the hypernetwork's batch; the rest: steps of training.
-    """
-
-    effort: Effort = FULL
-    descriptions: int = 16
-    probes: int = 150
-    pictures: int = 797
-    queries: int = 4
-    tuning: int = 1
-    similarity: int = 300
-    folds: int = 4
-    semantic: int = 1000
-    icm: int = 600
-    regression: int = 600
-    hyper: int = 500
-    hyper_pictures: int = 16
-
-
-BRIEF = Plan(QUICK, 3, 30, 60, 1, 1, 20, 2, 10, 2, 20, 25, 8)
-
-
 class Held(NamedTuple):
-    """A held-out task, by place among all domains, and what is asked for it."""
+    """A held-out task, by place among all tasks, and what is asked for it."""
 
     place: int
-    domain: Domain
+    task: Task
     queries: tuple[str, ...]
     strange: tuple[str, ...]
 
@@ -101,41 +44,34 @@ class Cell:
     setting: Setting
     plan: Plan
     room: Room
+    sources: Sources = field(default_factory=Sources)
 
     # --- the world
 
     @cached_property
-    def domains(self) -> tuple[Domain, ...]:
-        return turned_domains() if self.setting.base == "turns" else described_domains()
+    def world(self) -> World:
+        return open_world(self.setting, self.plan, self.room, self.sources)
 
-    @cached_property
+    @property
     def split(self) -> Split:
-        return turned_split() if self.setting.base == "turns" else split(self.setting.split)
+        return self.world.split
 
     @cached_property
-    def taught(self) -> tuple[Domain, ...]:
-        return tuple(self.domains[place] for place in self.split.taught)
+    def taught(self) -> tuple[Task, ...]:
+        return tuple(self.world.tasks[place] for place in self.split.taught)
 
     @cached_property
     def held(self) -> tuple[Held, ...]:
         return tuple(self._asking(place) for place in self.split.held)
 
     def _asking(self, place: int) -> Held:
-        one, count = self.domains[place], self.plan.queries
+        one, count = self.world.tasks[place], self.plan.queries
         return Held(place, one, _spread(one.queries, count), _spread(one.strange, count))
 
     @cached_property
-    def base(self) -> Base:
-        if self.setting.base == "B":
-            return base(self.room, self.taught, self.plan.effort.generalist)
-        return base(self.room, described_domains()[:1], self.plan.effort.base)
-
-    @cached_property
     def trained(self) -> Experts:
-        """Experts for all domains: those of held-out ones are oracles."""
-        return experts(
-            self.room, self.base, self.domains, self.plan.effort, start=self.setting.start, seed=self.setting.seed
-        )
+        """Experts for all tasks: those of held-out ones are oracles."""
+        return self.world.experts()
 
     @cached_property
     def oracles(self) -> Tensor:
@@ -146,8 +82,7 @@ class Cell:
     @cached_property
     def everything(self) -> Tensor:
         """The multi-task adapter (size,)."""
-        vector = multitask(self.room, self.base, self.taught, self.plan.effort, seed=self.setting.seed)
-        return self._in_layout(vector)
+        return self._in_layout(self.world.multitask())
 
     def _in_layout(self, vector: Tensor) -> Tensor:
         return self.layout.flatten(self.trained.layout.adapter(vector)) if self._canonical else vector
@@ -176,7 +111,7 @@ class Cell:
         vectors, layout = self.trained.vectors, self.trained.layout
         rows = [
             Taught(
-                self.domains[place].name,
+                self.world.tasks[place].name,
                 self._told(place),
                 tuple(layout.adapter(vector) for vector in vectors[place]),
             )
@@ -185,7 +120,7 @@ class Cell:
         return open_school(rows, encoder, gauge="canonical" if self._canonical else "none")
 
     def _told(self, place: int) -> tuple[str, ...]:
-        return _spread(self.domains[place].descriptions, self.plan.descriptions)
+        return _spread(self.world.tasks[place].descriptions, self.plan.descriptions)
 
     @cached_property
     def last(self) -> Tensor:
@@ -195,7 +130,7 @@ class Cell:
     def encoder(self, words: Words) -> Remembering:
         """Sentences' vectors, or token states; what was encoded once is kept."""
         if words not in self._encoders:
-            known = [self._asking(place) for place in range(len(self.domains))]
+            known = [self._asking(place) for place in range(len(self.world.tasks))]
             texts = [said for one in known for said in (*self._told(one.place), *one.queries, *one.strange)]
             model = text() if words == "sentences" else token_states(places=40)
             self._encoders[words] = Remembering.of(self.room, model, texts)
@@ -211,33 +146,51 @@ class Cell:
         return [encoder.encode(one.strange if strange else one.queries) for one in self.held]
 
     @cached_property
-    def practice(self) -> Practice[Labelled]:
-        draws = {one.name: drawing(one).learning(self.plan.hyper_pictures) for one in self.taught}
-        return Practice(self.base.model, reading, draws)
+    def practice(self) -> Practice[Any]:
+        world, size = self.world, self.plan.hyper_samples
+        draws = {world.tasks[place].name: world.learning(place, size) for place in self.split.taught}
+        return Practice(world.model, world.loss, draws, world.component)
 
     # --- measuring
 
     @cached_property
     def trial(self) -> Trial:
-        return Trial(self.base.model, self.layout)
+        return self.trying(self.layout)
+
+    def trying(self, layout: Layout) -> Trial:
+        """The base, for vectors of a layout."""
+        return Trial(self.world.model, layout, self.world.component)
 
     def probed(self, vectors: Tensor, taught: Sequence[int], *, trial: Trial | None = None) -> Tensor:
-        """How well vectors (n, size) do on pictures to learn from of taught tasks, by place in the library: (n,)."""
-        batches = [drawing(self.taught[place]).probes(self.plan.probes) for place in taught]
-        return _measured(trial or self.trial, vectors, batches)
+        """How well vectors (n, size) do on samples to learn from of taught tasks, by place in the library: (n,)."""
+        places = [self.split.taught[place] for place in taught]
+        known = {place: self.world.probes(place, self.plan.probes) for place in set(places)}
+        return self._measured(trial or self.trial, vectors, [known[place] for place in places])
 
-    def tested(self, vectors: Tensor, held: Sequence[int], *, trial: Trial | None = None) -> Tensor:
-        """How well vectors (n, size) do on the test pictures of held-out tasks, by place among them: (n,)."""
-        batches = [Labelled(*(part[: self.plan.pictures] for part in self._test(place))) for place in held]
-        return _measured(trial or self.trial, vectors, batches)
+    def tested(
+        self, vectors: Tensor, held: Sequence[int], *, trial: Trial | None = None, count: int | None = None
+    ) -> Tensor:
+        """How well vectors (n, size) do on the test samples of held-out tasks, by place among them: (n,).
+
+        count: of the samples, by default all of the plan's.
+        """
+        return self._measured(trial or self.trial, vectors, self._tests([self.held[one].place for one in held], count))
 
     def tested_at_home(self, vectors: Tensor) -> Tensor:
-        """How well the taught tasks' vectors (n, size), one for each, do on their own test pictures: (n,)."""
-        batches = [Labelled(*(part[: self.plan.pictures] for part in drawing(one).test)) for one in self.taught]
-        return _measured(self.trial, vectors, batches)
+        """How well the taught tasks' vectors (n, size), one for each, do on their own test samples: (n,)."""
+        return self._measured(self.trial, vectors, self._tests(self.split.taught))
 
-    def _test(self, place: int) -> Labelled:
-        return drawing(self.held[place].domain).test
+    def _tests(self, places: Sequence[int], count: int | None = None) -> list[Any]:
+        known = {place: self.world.tests(place, count or self.plan.tests) for place in set(places)}
+        return [known[place] for place in places]
+
+    def _measured(self, trial: Trial, vectors: Tensor, batches: Sequence[Any]) -> Tensor:
+        size = self.world.together
+        parts = [
+            trial.measured(vectors[first : first + size], self.world.score, batches[first : first + size])
+            for first in range(0, len(vectors), size)
+        ]
+        return torch.cat(parts)
 
     @cached_property
     def transfer(self) -> Tensor:
@@ -309,14 +262,6 @@ class Remembering:
     def encode(self, texts: Sequence[str]) -> Vectors:
         found = self.vectors[[self.known[said] for said in texts]].float()
         return torch.nn.functional.normalize(found, dim=1).numpy()
-
-
-def _measured(trial: Trial, vectors: Tensor, batches: Sequence[Labelled]) -> Tensor:
-    parts = [
-        trial.measured(vectors[first : first + TOGETHER], hits, batches[first : first + TOGETHER])
-        for first in range(0, len(vectors), TOGETHER)
-    ]
-    return torch.cat(parts)
 
 
 def _spread(texts: Sequence[str], count: int) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from generation_cell import Cell
-from generation_rows import ICM_STAGES
+from generation_tables import part_of
 from lorahub.generate.pack import Pack, pack_components, pack_network
 from torch import Tensor
 
@@ -15,19 +15,19 @@ SHARE = 0.01  # of the checkpoints' bytes: what a pack may take
 
 
 def packed(cell: Cell) -> list[dict[str, Any]]:
-    """A line for each way: accuracy on the taught tasks' test pictures and gain over the base, both as shares of the
-    last checkpoints' own, and bytes, as a share of all checkpoints' too."""
+    """A line for each way: score on the taught tasks' test samples and gain over the base, both as shares of the last
+    checkpoints' own, and bytes, as a share of all checkpoints' too."""
     whole = sum(some.nbytes for some in cell.school.weights)
-    original = _accuracy(cell, cell.last)
-    plain = _accuracy(cell, torch.zeros_like(cell.last))
+    original = _score(cell, cell.last)
+    plain = _score(cell, torch.zeros_like(cell.last))
     lines = []
     for name, vectors, size in _ways(cell, whole):
-        found = _accuracy(cell, vectors)
+        found = _score(cell, vectors)
         lines.append(
             {
                 "row": name,
                 "kept": found / original,
-                "gain kept": (found - plain) / (original - plain),
+                "gain kept": part_of(found - plain, original - plain),
                 "bytes": size,
                 "of checkpoints": size / whole,
             }
@@ -40,10 +40,10 @@ def _ways(cell: Cell, whole: int) -> Iterator[tuple[str, Tensor, int]]:
     yield "last checkpoints", cell.last, cell.last.nbytes
     means = torch.stack([some.mean(dim=0) for some in school.weights])
     yield "mean checkpoints", means, means.nbytes
-    given: dict[str, Any] = {"steps": 2 * cell.plan.icm, "rate": 1e-3, "seed": seed}
+    given: dict[str, Any] = {"stages": cell.plan.icm_stages, "steps": 2 * cell.plan.icm, "rate": 1e-3, "seed": seed}
     for name, more in (
-        ("ICM-LoRA's network", {"stages": ICM_STAGES}),
-        ("ICM-LoRA's network, small", {"stages": ICM_STAGES, "channels": 1, "latent": 32}),
+        ("ICM-LoRA's network", {"channels": cell.plan.icm_channels}),
+        ("ICM-LoRA's network, small", {"channels": 1, "latent": 32}),
     ):
         pack = pack_network(school, **given, **more)
         yield name, _rebuilt(cell, pack), pack.nbytes
@@ -58,5 +58,5 @@ def _rebuilt(cell: Cell, pack: Pack) -> Tensor:
     return torch.stack([cell.layout.flatten(pack.rebuild(name).adapter) for name in cell.school.names])
 
 
-def _accuracy(cell: Cell, vectors: Tensor) -> float:
+def _score(cell: Cell, vectors: Tensor) -> float:
     return float(cell.tested_at_home(vectors).mean())

@@ -5,6 +5,7 @@ Everything takes and gives vectors of a cell's layout; wider layouts hold exact 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -85,15 +86,16 @@ def in_factors(vectors: Tensor, weights: Tensor) -> Tensor:
     return weights.to(vectors) @ vectors
 
 
-def in_deltas(layout: Layout, rank: int) -> tuple[Layout, Blend]:
-    """The deltas' weighted sum, exactly, and the layout of such sums, which has room for `rank`."""
-    shapes = {place.name: place for place in layout.places}
+def in_deltas(layout: Layout, count: int) -> tuple[Layout, Blend]:
+    """The deltas' weighted sum, exactly, and the layout of such sums, which has room for `count` of them."""
     wide = Layout.of(
         [
             Adapter(
                 {
-                    name: LowRank(torch.zeros(rank, place.inputs), torch.zeros(place.outputs, rank))
-                    for name, place in shapes.items()
+                    place.name: LowRank(
+                        torch.zeros(count * place.rank, place.inputs), torch.zeros(place.outputs, count * place.rank)
+                    )
+                    for place in layout.places
                 },
                 layout.base,
             )
@@ -126,7 +128,7 @@ def mixed(
 
 
 def tuned(cell: Cell, sight: Sight, blend: Blend, trial: Trial) -> Mixture:
-    """Neighbours and temperature by leave-one-out on the taught tasks' own pictures: an expert takes no part in what is
+    """Neighbours and temperature by leave-one-out on the taught tasks' own samples: an expert takes no part in what is
     made for its task, and a learned similarity has not seen the task."""
     scores: dict[tuple[int, float], float] = {}
     for count in NEIGHBOURS:
@@ -142,6 +144,25 @@ def tuned(cell: Cell, sight: Sight, blend: Blend, trial: Trial) -> Mixture:
     return Mixture(*best, {f"{count} {temperature}": score for (count, temperature), score in scores.items()})
 
 
+def threshold(cell: Cell, sight: Sight) -> tuple[float, float]:
+    """The least cosine at which the nearest expert is better than the base, by leave-one-out on the taught tasks, and
+    the mean gain there; infinite where the base is always better."""
+    found: list[tuple[float, float]] = []
+    for out, keys, seen in sight.folds:
+        for place in out:
+            cosines = torch.as_tensor(seen[place]) @ keys.T
+            cosines[:, place] = -torch.inf
+            near = cosines.max(dim=1)
+            found += zip(near.values.tolist(), cell.transfer[near.indices, place].tolist(), strict=True)
+    found.sort(reverse=True)
+    gains = torch.tensor([gain for _, gain in found]).cumsum(0)
+    best = int(gains.argmax())
+    if gains[best] <= 0:
+        return math.inf, 0.0
+    after = found[best + 1][0] if best + 1 < len(found) else -1.0
+    return (found[best][0] + after) / 2, float(gains[best]) / len(found)
+
+
 # --- regression to weights ------------------------------------------------------------------------------------------
 
 
@@ -152,24 +173,27 @@ def ridge(school: School) -> Callable[[Vectors], Tensor]:
     last = torch.stack([some[-1] for some in school.weights])
     known = Statistics.of(last)
     goals = known.standardise(last).double()
+    # what is wanted of a description is its owner's row: all is linear in the rows, and is solved for them by place
+    wanted, products = torch.eye(len(goals), dtype=torch.float64)[owners], goals @ goals.T
 
     def solved(rows: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
-        mean, aim = texts[rows].mean(dim=0), goals[owners[rows]].mean(dim=0)
+        mean, aim = texts[rows].mean(dim=0), wanted[rows].mean(dim=0)
         apart = texts[rows] - mean
         gram = apart.T @ apart
         gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        slope = torch.linalg.solve(gram, apart.T @ (goals[owners[rows]] - aim))
+        slope = torch.linalg.solve(gram, apart.T @ (wanted[rows] - aim))
         return lambda queries: (queries - mean) @ slope + aim
 
     def error(strength: float) -> float:
         total = 0.0
         for fold in range(4):
             out = owners % 4 == fold
-            total += float((solved(~out, strength)(texts[out]) - goals[owners[out]]).square().sum())
+            missed = solved(~out, strength)(texts[out]) - wanted[out]
+            total += float((missed @ products * missed).sum())
         return total
 
     chosen = solved(torch.ones(len(texts), dtype=torch.bool), min(RIDGES, key=error))
-    return lambda queries: known.restore(chosen(torch.as_tensor(queries).double()).float())
+    return lambda queries: known.restore((chosen(torch.as_tensor(queries).double()) @ goals).float())
 
 
 def perceptron(

@@ -23,6 +23,7 @@ from generation_methods import (
     ridge,
     seen_school,
     sight,
+    threshold,
     tuned,
 )
 from lorahub.generate.hypernet import Trial
@@ -33,8 +34,6 @@ from lorahub.generate.priors import NEIGHBOURS, Prototypes
 from lorahub.generate.taught import School
 from torch import Tensor
 
-CHOICE_PICTURES = 150  # test pictures by which the best expert in hindsight is found
-ICM_STAGES = 8  # of twelve: 1,728 numbers are few
 HIDDEN = 256  # of SG-LoRA's networks
 
 
@@ -48,7 +47,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A row. once: only with the first seed of a split. peeks: at held-out pictures."""
+    """A row. once: only with the first seed of a split. peeks: at held-out samples."""
 
     name: str
     make: Callable[[Desk], Made]
@@ -74,8 +73,8 @@ class Desk:
 
     @cached_property
     def wide(self) -> tuple[Trial, Blend]:
-        layout, blend = in_deltas(self.cell.layout, 2 * max(NEIGHBOURS))
-        return Trial(self.cell.base.model, layout), blend
+        layout, blend = in_deltas(self.cell.layout, max(NEIGHBOURS))
+        return self.cell.trying(layout), blend
 
     def sight(self, words: Words = "sentences", *, learned: bool = False) -> Sight:
         found: Sight = self.keep(("sight", words, learned), lambda: sight(self.cell, words, learned=learned))
@@ -110,7 +109,12 @@ class Desk:
         found: Icm = self.keep(
             "icm",
             lambda: icm(
-                self.cell.school, stages=ICM_STAGES, steps=self.cell.plan.icm, rate=1e-3, seed=self.cell.setting.seed
+                self.cell.school,
+                stages=self.cell.plan.icm_stages,
+                channels=self.cell.plan.icm_channels,
+                steps=self.cell.plan.icm,
+                rate=1e-3,
+                seed=self.cell.setting.seed,
             ),
         )
         return found
@@ -174,9 +178,8 @@ def _oracle(desk: Desk) -> Made:
 
 def _hindsight(desk: Desk) -> Made:
     cell, best = desk.cell, []
-    few = Cell(cell.setting, replace(cell.plan, pictures=min(CHOICE_PICTURES, cell.plan.pictures)), cell.room)
     for place in range(len(cell.held)):
-        best.append(int(few.tested(cell.last, [place] * len(cell.last)).argmax()))
+        best.append(int(cell.tested(cell.last, [place] * len(cell.last), count=cell.plan.choice).argmax()))
     return Made(cell.last[best][:, None])
 
 
@@ -204,6 +207,22 @@ def _ranking(cell: Cell, words: Words) -> dict[str, float]:
 
     vectors = (cell.school if words == "sentences" else cell.worded).vectors
     return ranked(vectors, cell.transfer, cell.left_out(words))._asdict()
+
+
+def _trusted(learned: bool) -> Callable[[Desk], Made]:
+    """The nearest expert where it is near enough, else the base as it is."""
+
+    def make(desk: Desk) -> Made:
+        seen = desk.sight("tokens" if learned else "sentences", learned=learned)
+        least, gain = threshold(desk.cell, seen)
+
+        def one(query: Vectors) -> Tensor:
+            cosine, near = (seen.keys @ torch.as_tensor(query)).max(dim=0)
+            return desk.cell.last[near] * float(cosine >= least)
+
+        return Made(_each(seen.queries, one), told={"threshold": least, "gain when left out": gain})
+
+    return make
 
 
 def _equal(desk: Desk) -> Made:
@@ -276,6 +295,8 @@ ROWS = (
     Row("nearest expert", _nearest(False)),
     Row("nearest, learned similarity", _nearest(True)),
     Row("nearest, learned similarity of sentences", _nearest(True, "sentences")),
+    Row("nearest expert, or the base where it is far", _trusted(False)),
+    Row("nearest, learned similarity, or the base", _trusted(True)),
     Row("nearest + checkpoint noise", _nearest(False, noise=True)),
     Row("top 4 equal", _equal),
     Row("blend of factors", _blend(False, False)),
@@ -307,13 +328,13 @@ STRANGE_ROWS = (
 
 
 def rows(cell: Cell) -> list[Row]:
-    """The rows of a cell. Only the described domains have strange words."""
-    some = ROWS + (STRANGE_ROWS if cell.setting.base != "turns" else ())
+    """The rows of a cell."""
+    some = ROWS + (STRANGE_ROWS if all(one.strange for one in cell.held) else ())
     return [row for row in some if cell.setting.seed == 0 or not row.once]
 
 
 def measure(desk: Desk, row: Row) -> dict[str, Any]:
-    """A row's accuracies (held, queries), what it tells, and seconds of making and testing.
+    """A row's scores (held, queries), what it tells, and seconds of making and testing.
 
     What several rows share is made, and counted, with the first of them.
     """
@@ -322,6 +343,6 @@ def measure(desk: Desk, row: Row) -> dict[str, Any]:
     middle = time.perf_counter()
     count = made.vectors.shape[1]
     places = [place for place in range(len(desk.cell.held)) for _ in range(count)]
-    accuracies = desk.cell.tested(made.vectors.flatten(0, 1), places, trial=made.trial).view(-1, count)
+    scores = desk.cell.tested(made.vectors.flatten(0, 1), places, trial=made.trial).view(-1, count)
     seconds = [round(middle - start, 1), round(time.perf_counter() - middle, 1)]
-    return {"accuracy": accuracies.tolist(), "told": made.told, "seconds": seconds}
+    return {"scores": scores.tolist(), "told": made.told, "seconds": seconds}

@@ -8,7 +8,7 @@ from typing import Any
 
 from generation_rows import BASE, BEST, ORACLE
 
-GAIN = 0.05  # of accuracy: tasks where the oracle gains less have no share of their own
+GAIN = 0.05  # of the score: tasks where the oracle gains less have no share of their own
 BARS = {"A": 0.5, "B": 0.4}
 WRONG = "hypernetwork, wrong description"
 RIVALS = ("nearest expert", "blend of factors", "blend of deltas", "SG-LoRA", "ICM-LoRA, text")
@@ -18,16 +18,21 @@ Found = Mapping[str, Any]
 
 def shares(cell: Found) -> dict[str, float]:
     """By row the share of the oracle's gain recovered: gains over all held-out tasks, divided by the oracle's."""
-    accuracy = {row: [mean(some) for some in one["accuracy"]] for row, one in cell["rows"].items()}
-    whole = sum(accuracy[ORACLE]) - sum(accuracy[BASE])
-    return {row: (sum(found) - sum(accuracy[BASE])) / whole for row, found in accuracy.items()}
+    scores = {row: [mean(some) for some in one["scores"]] for row, one in cell["rows"].items()}
+    whole = sum(scores[ORACLE]) - sum(scores[BASE])
+    return {row: part_of(sum(found) - sum(scores[BASE]), whole) for row, found in scores.items()}
+
+
+def part_of(gain: float, whole: float) -> float:
+    """gain / whole; 0 where there was nothing to gain."""
+    return gain / whole if whole else 0.0
 
 
 def by_task(cell: Found, row: str) -> dict[str, float]:
     """A row's share of each held-out task where the oracle gains enough."""
-    accuracy = {name: [mean(some) for some in cell["rows"][name]["accuracy"]] for name in (BASE, ORACLE, row)}
-    gains = [high - low for high, low in zip(accuracy[ORACLE], accuracy[BASE], strict=True)]
-    found = zip(cell["held"], accuracy[row], accuracy[BASE], gains, strict=True)
+    scores = {name: [mean(some) for some in cell["rows"][name]["scores"]] for name in (BASE, ORACLE, row)}
+    gains = [high - low for high, low in zip(scores[ORACLE], scores[BASE], strict=True)]
+    found = zip(cell["held"], scores[row], scores[BASE], gains, strict=True)
     return {task: (value - low) / gain for task, value, low, gain in found if gain >= GAIN}
 
 
@@ -46,13 +51,13 @@ def _table(cells: Sequence[Found]) -> list[dict[str, Any]]:
     for row in dict.fromkeys(row for found in every for row in found):
         there = [(found, cell) for found, cell in zip(every, cells, strict=True) if row in found]
         leads = [found[BEST] - found[row] for found, _ in there]
-        accuracies = [mean(mean(some) for some in cell["rows"][row]["accuracy"]) for _, cell in there]
+        scores = [mean(mean(some) for some in cell["rows"][row]["scores"]) for _, cell in there]
         lines.append(
             {
                 "row": row,
                 "recovered": mean(found[row] for found, _ in there),
                 "spread": _spread([found[row] for found, _ in there]),
-                "accuracy": mean(accuracies),
+                "score": mean(scores),
                 "lead": mean(leads),
                 "lead spread": _spread(leads),
                 "cells": len(there),
@@ -67,16 +72,18 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def bars(found: Mapping[str, Sequence[Found]], rivals: Sequence[str] = (*RIVALS, WRONG)) -> list[dict[str, Any]]:
-    """Which bars are met, for the library from one initialisation."""
+    """Which bars are met, for the libraries from one initialisation; the turns have none."""
     lines = []
-    for base, bar in BARS.items():
-        table = {line["row"]: line for line in found.get(f"{base}, shared", [])}
-        if not table:
+    for name, table in found.items():
+        base, start = name.split(", ")
+        if start != "shared" or base == "turns":
             continue
-        best = table[BEST]["recovered"]
-        lines.append({"bar": f"{base}: {BEST} recovers {bar:.0%}", "found": best, "met": best >= bar})
+        known = {line["row"]: line for line in table}
+        if base in BARS:
+            best, bar = known[BEST]["recovered"], BARS[base]
+            lines.append({"bar": f"{base}: {BEST} recovers {bar:.0%}", "found": best, "met": best >= bar})
         for rival in rivals:
-            lead = table[rival]
+            lead = known[rival]
             what = f"{base}: {BEST} beats {rival} by more than the spread"
             lines.append({"bar": what, "found": lead["lead"], "met": lead["lead"] > lead["lead spread"]})
     return lines
@@ -89,9 +96,9 @@ def show(report: Found) -> None:
     """All tables."""
     for name, lines in report["tables"].items():
         print(f"\n{name}: share of the oracle's gain on held-out tasks, {max(line['cells'] for line in lines)} cells")
-        print(f"{'':52} {'share':>7} {'spread':>7} {'accuracy':>9} {'lead':>7} {'spread':>7} {'seconds':>8}")
+        print(f"{'':52} {'share':>7} {'spread':>7} {'score':>9} {'lead':>7} {'spread':>7} {'seconds':>8}")
         for line in lines:
-            figures = f"{line['recovered']:7.3f} {line['spread']:7.3f} {line['accuracy']:9.3f}"
+            figures = f"{line['recovered']:7.3f} {line['spread']:7.3f} {line['score']:9.3f}"
             lead = f"{line['lead']:7.3f} {line['lead spread']:7.3f} {line['seconds']:8.1f}"
             print(f"{line['row']:52} {figures} {lead}")
     for name, lines in report["closed"].items():

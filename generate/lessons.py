@@ -80,6 +80,17 @@ def label_names(encoder: nn.Module, batches: Sequence[Sorting], *, sharpness: fl
     return torch.stack(losses)
 
 
+def label_hits(encoder: nn.Module, batches: Sequence[Sorting]) -> Tensor:
+    """The share of sentences whose nearest label name is their own: (adapters,); otherwise as `label_names`."""
+    shares = []
+    for vectors, batch in zip(_vectors(encoder, batches), batches, strict=True):
+        targets = batch.targets.to(vectors.device)
+        with torch.autocast(vectors.device.type, enabled=False):
+            nearest = (vectors[: len(targets)] @ vectors[len(targets) :].T).argmax(dim=1)
+        shares.append((nearest == targets).float().mean())
+    return torch.stack(shares)
+
+
 def _vectors(encoder: nn.Module, batches: Sequence[Sorting]) -> tuple[Tensor, ...]:
     """Unit vectors (texts, dim) for every batch.
 

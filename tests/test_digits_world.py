@@ -206,18 +206,29 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A cell that is hardly trained, on six of the domains."""
     import digits_tasks
     import generation_cell
+    import generation_digits
     from digits_world import Effort
     from generation_room import Room
+    from generation_world import Setting, Split
 
     domains = digits_tasks.described_domains()[::6][:8]
-    monkeypatch.setattr(generation_cell, "described_domains", lambda: domains)
-    monkeypatch.setattr(generation_cell, "split", lambda number: digits_tasks.Split((0, 1, 2, 3, 4, 5), (6, 7)))
+    monkeypatch.setattr(generation_digits, "described_domains", lambda: domains)
+    monkeypatch.setattr(generation_digits, "split", lambda number: Split((0, 1, 2, 3, 4, 5), (6, 7)))
     monkeypatch.setattr(generation_cell, "text", lambda: Words("text", 8))
     monkeypatch.setattr(generation_cell, "token_states", lambda places: Words("text:tokens-1x4", 12))
     effort = Effort((1, 2), (1, 2), (2, 2), (1, 2), 2, 2)
-    few = {"probes": 2, "pictures": 3, "queries": 2, "similarity": 2, "semantic": 2, "icm": 1, "regression": 2}
-    plan = replace(generation_cell.BRIEF, effort=effort, **few, hyper=2, hyper_pictures=2)
-    return generation_cell.Cell(generation_cell.Setting("A", "shared", 0, 0), plan, Room(tmp_path))
+    few = {
+        "probes": 2,
+        "tests": 3,
+        "choice": 2,
+        "queries": 2,
+        "similarity": 2,
+        "semantic": 2,
+        "icm": 1,
+        "regression": 2,
+    }
+    plan = replace(generation_digits.BRIEF, effort=effort, **few, hyper=2, hyper_samples=2)
+    return generation_cell.Cell(Setting("A", "shared", 0, 0), plan, Room(tmp_path))
 
 
 def test_no_row_looks_at_held_out_pictures_to_make_its_adapters(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,9 +254,9 @@ def test_no_row_looks_at_held_out_pictures_to_make_its_adapters(small: Any, monk
 def test_a_cell_is_measured_row_by_row_and_goes_on_where_it_was_stopped(small: Any) -> None:
     import generation
 
-    found = generation.measured(small.setting, small.plan, small.room.folder)
+    found = generation.measured(small.setting, small.plan, small.room.folder, small.sources)
     files = {path: path.stat().st_mtime_ns for path in small.room.folder.glob("row-*.json")}
-    again = generation.measured(small.setting, small.plan, small.room.folder)
+    again = generation.measured(small.setting, small.plan, small.room.folder, small.sources)
     assert found == again
     assert len(files) == len(found["rows"])
     assert {path: path.stat().st_mtime_ns for path in small.room.folder.glob("row-*.json")} == files
@@ -267,9 +278,9 @@ def test_shares_are_of_the_gain_over_all_held_out_tasks() -> None:
     from generation_tables import bars, by_task, tables
 
     def cell(seed: int, best: float) -> dict[str, Any]:
-        accuracy = {"base": [[0.2], [0.9]], "oracle": [[0.6], [0.92]], "hypernetwork": [[best, best], [0.9, 0.9]]}
-        accuracy["nearest expert"] = [[0.2], [0.9]]
-        rows = {name: {"accuracy": found, "seconds": [1, 2], "told": {}} for name, found in accuracy.items()}
+        scores = {"base": [[0.2], [0.9]], "oracle": [[0.6], [0.92]], "hypernetwork": [[best, best], [0.9, 0.9]]}
+        scores["nearest expert"] = [[0.2], [0.9]]
+        rows = {name: {"scores": found, "seconds": [1, 2], "told": {}} for name, found in scores.items()}
         return {"base": "A", "start": "shared", "split": 0, "seed": seed, "held": ["first", "second"], "rows": rows}
 
     cells = [cell(0, 0.41), cell(1, 0.5)]
