@@ -140,8 +140,18 @@ class Course:
             parts = [self.network([self.bench.items[row] for row in some.tolist()]) for some in _batches(rows)]
         return torch.cat(parts)
 
+    def _settle(self) -> None:
+        """Measure, on whole examples, the mean that is taken from their vectors, where the network takes one."""
+        centre, seen = getattr(self.network, "centre", None), list[Tensor]()
+        if centre is None:
+            return
+        with centre.register_forward_pre_hook(lambda _, given: seen.append(given[0])):
+            self.encoded(self.train)
+        centre.mean.copy_(torch.cat(seen).mean(dim=0).clone())
+
     def look(self) -> None:
         """Measure on the held-out examples; keep the state if it is the best so far."""
+        self._settle()
         if len(self.held):
             self.score = both_ways(self.bench.vectors, self.encoded(self.held), self.bench.pairs.fitting[:, self.held])
         if self.score is None or not self.best or self.score > self.best_score + self.settings.gain:

@@ -284,7 +284,7 @@ def test_what_is_answered_to_probes_does_not_find_them() -> None:
 @pytest.mark.parametrize("kind", ["autolora", "w2t"])
 @pytest.mark.parametrize("held_out", [0.3, 0.0])
 def test_a_stopped_fit_goes_on_bit_for_bit(kind: str, held_out: float, tmp_path: Path) -> None:
-    settings = replace(QUICK, rate=0.01, held_out=held_out, gain=0.0, look=1)
+    settings = replace(QUICK, rate=0.01, held_out=held_out, gain=0.0, look=1, seed=7)
     options = SMALL[kind] | ({"start": 0} if kind == "autolora" else {})
 
     def run(changed: Settings = settings, **given: Any) -> WeightEncoder:
@@ -391,3 +391,17 @@ def test_settings_outside_their_range_are_refused(given: dict[str, Any]) -> None
 
 def test_every_step_has_a_chance_of_its_own() -> None:
     assert len({number(seed, step) for seed in range(10) for step in range(-1, 50)}) == 510
+
+
+@pytest.mark.parametrize("kind", ["autolora", "w2t"])
+def test_whole_adapters_are_centred_though_parts_were_hidden_in_training(kind: str) -> None:
+    """The mean that is taken from vectors is that of the adapters as they are, not of the batches with holes."""
+    settings = replace(QUICK, steps=12, rate=0.01, absent=0.6, held_out=0.0)
+    encoder = fit(
+        kind, library(3), Words(), settings, options=SMALL[kind] | ({"start": 0} if kind == "autolora" else {})
+    )
+    network, seen = encoder._network, []
+    with network.centre.register_forward_pre_hook(lambda _, given: seen.append(given[0])):
+        encoder.encode_all(example.adapter for example in library(3))
+    raw = torch.cat(seen)
+    assert (raw.mean(dim=0) - network.centre.mean).norm() < 0.01 * (raw - raw.mean(dim=0)).norm(dim=1).mean()

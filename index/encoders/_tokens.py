@@ -88,21 +88,19 @@ class Aside(nn.Module):
 
 
 class Centre(nn.Module):
-    """Vectors (n, dim) less the mean of their batch while learning, and less the running mean of these afterwards."""
+    """Vectors (n, dim) less the mean of their batch while learning, and afterwards less a mean that is measured then.
+
+    Not a running mean: batches have modules hidden, and the vectors of whole adapters lie elsewhere.
+    """
 
     mean: Tensor
 
-    def __init__(self, dim: int, memory: float = 0.9) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.memory = memory
         self.register_buffer("mean", torch.zeros(dim))
 
     def forward(self, vectors: Tensor) -> Tensor:
-        if not self.training:
-            return vectors - self.mean
-        mean = vectors.mean(dim=0)
-        self.mean.lerp_(mean.detach(), 1 - self.memory)
-        return vectors - mean
+        return vectors - (vectors.mean(dim=0) if self.training else self.mean)
 
 
 def log_norms(norms: Tensor) -> tuple[Tensor, Tensor]:
