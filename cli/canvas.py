@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..generate.painting import Painter, aside, open_painter
 from ..hub.entries import identity
 from ..hub.errors import BadOption, FormatError
 from ..hub.writing import replacing
+from ..merge.composed import composed
 from ..merge.gated import fingerprint, fused
 from . import show
 from .fusion import Fusion, check_kind, fusion
@@ -59,12 +60,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to paint: what its panel says, and which adapters act, through which gates or as a sum."""
+    """One way to paint: what its panel says, and which adapters act: composed, through gates, or as a sum."""
 
     label: str
     adapters: Sequence[Adapter]
     weights: Sequence[float]
     gates: Gates | None = None
+    composed: bool = False
+
+    def acting(self, painter: Painter) -> AbstractContextManager[Any]:
+        """The block in which the painter's denoiser has the adapters."""
+        model, part = painter.denoiser, painter.component
+        if self.composed:
+            return composed(model, self.adapters, self.weights, component=part, wordless=painter.wordless)
+        return fused(model, self.adapters, self.gates, self.weights, component=part)
 
 
 def carry_out(catalog: Catalog, request: Request, target: Target) -> dict[str, Any]:
@@ -140,7 +149,8 @@ def _plan(catalog: Catalog, painter: Painter, request: Request) -> Plan:
     lacking = [trigger for one in picked for trigger in _lacking(request.prompt, one)] if request.triggers else []
     prompt = ", ".join([request.prompt, *dict.fromkeys(lacking)])
     adapters = [one.adapter for one in picked]
-    return Plan(prompt, picked, spared, fusion(painter, adapters, asked=request.fuse, given=request.gates, home=home()))
+    how = fusion(painter, adapters, asked=request.fuse, given=request.gates, home=home(), guidance=request.guidance)
+    return Plan(prompt, picked, spared, how)
 
 
 def _lacking(prompt: str, picked: Picked) -> list[str]:
@@ -151,17 +161,20 @@ def _lacking(prompt: str, picked: Picked) -> list[str]:
 
 
 def variants(picked: Sequence[Picked], fusion: Fusion, *, compare: bool) -> list[Variant]:
-    """What is painted: the fusion alone or, to compare, the base, each adapter alone, their sum, and gated.
+    """What is painted: the fusion alone or, to compare, the base, each adapter alone, their sum, composed, and gated.
 
-    Of one adapter there is no sum, without gates nothing gated.
+    Of one adapter there is no sum, without gates nothing gated; composed only where that is how they are fused.
     """
     adapters, weights = [one.adapter for one in picked], [one.weight for one in picked]
     if not compare:
-        return [Variant(fusion.kind, adapters, weights, fusion.gates if fusion.kind == "gated" else None)]
+        gates = fusion.gates if fusion.kind == "gated" else None
+        return [Variant(fusion.kind, adapters, weights, gates, fusion.kind == "composed")]
     found = [Variant("base", [], [])]
     found += [Variant(_share(one), [one.adapter], [one.weight]) for one in picked]
     if len(picked) > 1:
         found.append(Variant("sum", adapters, weights))
+    if fusion.kind == "composed":
+        found.append(Variant("composed", adapters, weights, composed=True))
     if picked and fusion.gates:
         found.append(Variant("gated", adapters, weights, fusion.gates))
     return found
@@ -182,7 +195,7 @@ def _painted(painter: Painter, plan: Plan, request: Request) -> list[list[Image]
             def onward(done: int, total: int | None, number: int = number) -> None:
                 advance(done + number * (total or 0), len(ways) * total if total else None)
 
-            with fused(painter.denoiser, way.adapters, way.gates, way.weights, component=painter.component):
+            with way.acting(painter):
                 columns.append(painter.paint(plan.prompt, request.seeds, progress=onward, **settings))
     return columns
 

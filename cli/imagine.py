@@ -70,7 +70,12 @@ def imagine(
         "hybrid"
     ),
     weight: options.Weights = None,
-    fuse: Annotated[str | None, typer.Option(help="gated or sum; default: gated where this base has gates.")] = None,
+    fuse: Annotated[
+        str | None,
+        typer.Option(
+            help="composed, gated or sum; default: gated where this base has gates, composed on the built-in base."
+        ),
+    ] = None,
     gates: Annotated[Path | None, typer.Option(help="Gates to use instead of those that lie with the base.")] = None,
     pipeline: Annotated[
         Path | None, typer.Option(help="Folder of a diffusers pipeline; default: the built-in picture base.")
@@ -81,7 +86,7 @@ def imagine(
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
     grid: Annotated[int, typer.Option(help="How many pictures, with one seed after the other, on a sheet.")] = 1,
     compare: Annotated[
-        bool, typer.Option("--compare", help="A sheet of the base, each adapter alone, their sum, and gated.")
+        bool, typer.Option("--compare", help="A sheet of the base, each adapter alone, their sum, and the fusion.")
     ] = False,
     triggers: Annotated[
         bool, typer.Option("--triggers", help="Append the adapters' trigger words that the prompt lacks.")

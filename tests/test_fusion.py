@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lorahub.cli.fusion import FILE, FOLDER, fusion, trained_on
+from lorahub.cli.fusion import FILE, FOLDER, MEASURED, fusion, trained_on
 from lorahub.generate.painting import Painter, open_painter
 from lorahub.hub.adapter import Adapter
 from lorahub.hub.errors import BadOption, FormatError, IncompatibleAdapters
@@ -27,9 +27,14 @@ def two(painter: Painter) -> list[Adapter]:
 
 
 def decided(
-    painter: Painter, adapters: list[Adapter], home: Path, asked: str | None = None, given: Path | None = None
+    painter: Painter,
+    adapters: list[Adapter],
+    home: Path,
+    asked: str | None = None,
+    given: Path | None = None,
+    guidance: float | None = None,
 ) -> tuple[str, str]:
-    found = fusion(painter, adapters, asked=asked, given=given, home=home)
+    found = fusion(painter, adapters, asked=asked, given=given, home=home, guidance=guidance)
     assert (found.gates is None) == (found.path is None)
     assert found.gates is None or not any(one.requires_grad for one in found.gates.parameters())
     return found.kind, found.reason
@@ -43,8 +48,33 @@ def test_without_gates_it_is_the_sum(painter: Painter, two: list[Adapter], tmp_p
     for adapters in (two, []):
         with pytest.raises(BadOption, match="give --gates FILE"):
             decided(painter, adapters, tmp_path, "gated")
-    with pytest.raises(BadOption, match="gated, sum"):
+    with pytest.raises(BadOption, match="composed, gated, sum"):
         decided(painter, two, tmp_path, "average")
+
+
+def test_adapters_are_composed_where_that_was_measured_best(
+    painter: Painter, two: list[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert decided(painter, two, tmp_path, "composed") == ("composed", "as asked")
+    monkeypatch.setattr("lorahub.cli.fusion.shipped", lambda: painter.folder)
+    assert decided(painter, two, tmp_path) == ("composed", MEASURED)
+    assert decided(painter, two, tmp_path, "sum") == ("sum", "as asked")
+    for adapters, guidance in ((two[:1], None), (two, 1.0)):
+        assert decided(painter, adapters, tmp_path, guidance=guidance)[0] == "sum"
+    with pytest.raises(BadOption, match=r"guidance scale above 1.*say --fuse sum"):
+        decided(painter, two, tmp_path, "composed", guidance=1.0)
+    write_gates(painter.denoiser, gated_paths(painter.denoiser), tmp_path / "base" / FILE)
+    assert decided(painter, two, tmp_path)[0] == "gated"
+
+
+def test_flux_is_refused_in_one_line(painter: Painter, two: list[Adapter], tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1)
+    painter.pipeline.transformer = flux
+    with pytest.raises(BadOption, match=r"FluxTransformer2DModel takes guidance as an input.*say --fuse sum"):
+        decided(painter, two, tmp_path, "composed")
 
 
 @pytest.mark.parametrize("place", [f"base/{FILE}", f"{FOLDER}/any.safetensors", "given.safetensors"])
