@@ -10,8 +10,8 @@ noise; spread: standard deviation over the seeds. "difference": of both at once 
 noise, with its 95 % interval from a bootstrap over the pairs. Trained gates, judges and measured rows are kept in
 --room, and found there again: an interrupted run goes on where it stopped. Another room measures everything anew.
 
-"composed" is ours (merge/composed.py): adapters predict each alone, the bare base stands for no words. The constants
-stand beside it with guidance chosen as freely, and with as many passes of the model.
+"composed" is ours (merge/composed.py): adapters predict in passes of their own, the bare base stands for no words. The
+constants stand beside it with guidance chosen as freely, and with as many passes of the model.
 
 Gates: "published" is AutoLoRA's recipe (one adapter's picture, its words, another adapter beside it, a hinge on the
 other's words); "composed" is ours, which shows seen styles of seen contents with both adapters loaded; "louder" are the
@@ -192,7 +192,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "choices": asdict(choices),
         "seeds": seeds,
         "rows": lines,
-        "differences": differences(lines, ("composed", "composed, best guidance")),
+        "differences": differences(lines, [line["row"] for line in lines if line["row"].startswith("composed")]),
         "openness": {variant: mean(openness(studio, gates(variant, 0), one) for one in seen) for variant in VARIANTS},
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,11 @@ COMPONENT = "transformer"
 GUIDANCE = 3.0  # the pipeline's own
 GRID = tuple((style, content) for style in (0.5, 0.75, 1.0, 1.25) for content in (0.75, 1.0, 1.25, 1.5, 2.0))
 GUIDANCES = (2.0, GUIDANCE, 4.5)
+# weights of style and content in each pass of a composition
+EACH_ALONE = ((1.0, 0.0), (0.0, 1.0))
+CONTENT_MORE = ((1.0, 1.0), (0.0, 1.0))
+EVERYTHING = ((1.0, 1.0), *EACH_ALONE)
+PASSES = (EACH_ALONE, CONTENT_MORE, EVERYTHING)
 LOUDER = (2.0, 4.0)  # what adapters' outputs are multiplied by behind published gates
 CHOOSING_SEED = 77
 NUMBERS = {pair: number for number, pair in enumerate(pairs())}
@@ -78,9 +84,11 @@ class Studio:
         one = merge(self.both(pair), method, [1.0, 1.0], dtype=torch.float32, given=options).adapter
         return self.with_sum([replace(one, modules=dict(one.modules))], [1.0])
 
-    def with_composition(self, pair: Pair, blank: str = BARE) -> AbstractContextManager[Any]:
+    def with_composition(
+        self, pair: Pair, passes: Sequence[Sequence[float]] = EACH_ALONE, blank: str = BARE
+    ) -> AbstractContextManager[Any]:
         model = self.pipeline.transformer
-        return composed(model, self.both(pair), component=COMPONENT, wordless="second", blank=blank)
+        return composed(model, self.both(pair), passes=passes, component=COMPONENT, wordless="second", blank=blank)
 
     @contextmanager
     def with_switch(self, pair: Pair) -> Iterator[None]:
@@ -100,11 +108,16 @@ class Studio:
 
 @dataclass(frozen=True)
 class Choices:
-    """What was chosen on seen pairs: weights of style and content, scales of guidance, and gates' loudness."""
+    """What was chosen on seen pairs.
+
+    constants: weights of style and content; guidance: its scale with them. passes, composed: those of a composition,
+    and its scale of guidance. louder: what adapters' outputs are multiplied by behind published gates.
+    """
 
     constants: tuple[float, float]
-    guidance: float  # of the best constants
-    composed: float  # of the composed adapters
+    guidance: float
+    passes: Sequence[Sequence[float]]
+    composed: float
     louder: float
     tries: list[dict[str, Any]]
 
@@ -125,8 +138,8 @@ def rows(studio: Studio, choices: Choices, gates: Trained) -> dict[str, Fuse]:
     def gated(variant: str, weight: float = 1.0) -> Fuse:
         return lambda pair, seed: Way(studio.with_gates(pair, gates(variant, seed), weight))
 
-    def composition(guidance: float, blank: str = BARE) -> Fuse:
-        return lambda pair, _: Way(studio.with_composition(pair, blank), guidance)
+    def composition(passes: Sequence[Sequence[float]], guidance: float = GUIDANCE, blank: str = BARE) -> Fuse:
+        return lambda pair, _: Way(studio.with_composition(pair, passes, blank), guidance)
 
     return {
         "base": lambda *_: Way(),
@@ -136,9 +149,9 @@ def rows(studio: Studio, choices: Choices, gates: Trained) -> dict[str, Fuse]:
         "best constants": plain(best),
         "best constants and guidance": plain(best, choices.guidance),
         "the same, steps x 1.5": plain(best, choices.guidance, 1.5),
-        "composed": composition(GUIDANCE),
-        "composed, best guidance": composition(choices.composed),
-        "LoRA composite": composition(GUIDANCE, OWN),
+        "composed, each alone": composition(EACH_ALONE),
+        "composed, best passes and guidance": composition(choices.passes, choices.composed),
+        "LoRA composite": composition(EACH_ALONE, blank=OWN),
         "LoRA switch": lambda pair, _: Way(studio.with_switch(pair)),
         "average": plain((0.5, 0.5)),
         "exact merge": merged("exact"),
@@ -151,7 +164,7 @@ def rows(studio: Studio, choices: Choices, gates: Trained) -> dict[str, Fuse]:
 
 
 def chosen(studio: Studio, some: Sequence[Pair], gates: Trained) -> Choices:
-    """Options by the share of both at once on seen pairs: the constants' weights, then guidance with them."""
+    """Options by the share of both at once on seen pairs; the constants' weights first, then guidance with them."""
     tries: list[dict[str, Any]] = []
 
     def best(what: str, options: Sequence[Any], way: Callable[[Pair, Any], Way]) -> Any:
@@ -165,11 +178,12 @@ def chosen(studio: Studio, some: Sequence[Pair], gates: Trained) -> Choices:
         "guidance of the constants", GUIDANCES,
         lambda pair, scale: Way(studio.with_sum(studio.both(pair), constants), scale),
     )  # fmt: skip
-    composition = best(
-        "guidance of the composed", GUIDANCES, lambda pair, scale: Way(studio.with_composition(pair), scale)
-    )
+    passes, composition = best(
+        "passes and guidance of a composition", list(product(PASSES, GUIDANCES)),
+        lambda pair, option: Way(studio.with_composition(pair, option[0]), option[1]),
+    )  # fmt: skip
     louder = best(
         "loudness behind published gates", LOUDER,
         lambda pair, weight: Way(studio.with_gates(pair, gates("published", 0), weight)),
     )  # fmt: skip
-    return Choices(constants, guidance, composition, louder, tries)
+    return Choices(constants, guidance, passes, composition, louder, tries)

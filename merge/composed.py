@@ -1,15 +1,16 @@
-"""Adapters that guide side by side: each predicts alone, the bare base stands for no words, and their mean is followed.
+"""Adapters that guide side by side: several passes predict, the bare base stands for no words, their mean is followed.
 
 Added to the weights together, adapters disturb each other: a style's was taught on other things than those that the
-other adapter brought, and takes them for what it knows. Here no layer ever sees two of them. With v_0 the base's
-prediction, v_i that of the base with adapter i alone, and g the scale of classifier-free guidance, a step follows
+other adapter brought, and takes them for what it knows. Here they act in passes of their own. With v_0 the base's
+prediction, v_k that of pass k, and g the scale of classifier-free guidance, a step follows
 
-    v = v_0(no words) + g * mean_i(v_i(words) - v_0(no words))
+    v = v_0(no words) + g * mean_k(v_k(words) - v_0(no words))
 
-which is composable diffusion (Liu et al. 2022) with adapters in the place of concepts. LoRA Composite (Zhong et al.
-2024) is the same except that v_i(no words) stands in the place of v_0(no words), so that guidance strengthens words
-alone; here it strengthens what the adapters add as well. Needs one pass of the base and one for each adapter, of half a
-batch each. Importing this needs torch.
+Where every adapter has a pass to itself, this is composable diffusion (Liu et al. 2022) with adapters in the place of
+concepts, and LoRA Composite (Zhong et al. 2024) is the same with v_k(no words) in the place of v_0(no words), so that
+guidance strengthens words alone; here it strengthens what the adapters add as well. A pass may also have several
+adapters: all of them in one and some of them in another give those more say. Costs one pass of the base and those
+given, of half a batch each. Importing this needs torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from ..hub.adapter import Adapter
 from ..hub.errors import BadOption, IncompatibleAdapters
-from .gated import fused
+from .gated import Shelf, fused
 
 HALVES = ("first", "second")
 OWN, BARE = "own", "bare"  # what predicts without words: each adapter itself, or the base
@@ -35,7 +36,7 @@ BLANKS = (BARE, OWN)
 
 @dataclass
 class _Turn:
-    """Whose pass is under way: an adapter's number, or None for the bare base."""
+    """Which pass is under way, None for that of the bare base."""
 
     number: int | None = None
 
@@ -46,32 +47,51 @@ def composed(
     adapters: Sequence[Adapter],
     weights: Sequence[float] | None = None,
     *,
+    passes: Sequence[Sequence[float]] | None = None,
     component: str = "",
     wordless: str = "first",
     blank: str = BARE,
 ) -> Iterator[nn.Module]:
-    """The denoiser, whose guided predictions are composed of the adapters' inside the block.
+    """The denoiser, whose guided predictions are composed of several passes inside the block.
 
     The pipeline is left as it is: it calls the model with a doubled batch, half of it without words, guides with what
-    comes back, and gets v_0 and the mean of the v_i. wordless: which half that is, "first" in diffusers' pipelines,
-    "second" in PicturePipeline. weights: multiply deltas, default 1; an adapter whose weight is 0 is left out. blank:
-    "own" for LoRA Composite. component: as for `fused`. Without an adapter the model is as it was. Raises BadOption;
+    comes back, and gets v_0 and the mean of the v_k. weights: multiply deltas, default 1. passes: further weights, one
+    for each adapter in each pass; None for a pass of its own for each adapter. A pass in which nothing acts is left
+    out, and without any the model is as it was. wordless: which half has no words, "first" in diffusers' pipelines,
+    "second" in PicturePipeline. blank: "own" for LoRA Composite. component: as for `fused`. Raises BadOption;
     IncompatibleAdapters as `fused` does and, when the model runs, for a batch that is not doubled.
     """
     if wordless not in HALVES or blank not in BLANKS:
         raise BadOption(f"wordless is {wordless!r}, blank {blank!r}; expected first or second, bare or own")
-    shares = [1.0] * len(adapters) if weights is None else weights
-    acting = [pair for pair in zip(adapters, shares, strict=True) if pair[1] != 0]
+    acting = _casts(adapters, [1.0] * len(adapters) if weights is None else weights, passes)
     if not acting:
         yield model
         return
-    turn = _Turn()
+    turn, shelf = _Turn(), Shelf()
     with ExitStack() as stack:
-        for number, (adapter, weight) in enumerate(acting):
+        for number, cast in enumerate(acting):
             mine = functools.partial(_is_turn, turn, number)
-            stack.enter_context(fused(model, [adapter], weights=[weight], component=component, when=mine))
+            some, shares = zip(*cast, strict=True)
+            stack.enter_context(fused(model, some, weights=shares, component=component, shelf=shelf, when=mine))
         stack.enter_context(_calling(model, _composing(model, turn, len(acting), wordless, blank)))
         yield model
+
+
+def _casts(
+    adapters: Sequence[Adapter], weights: Sequence[float], passes: Sequence[Sequence[float]] | None
+) -> list[list[tuple[Adapter, float]]]:
+    """Who acts in each pass, and with which weight."""
+    count = len(adapters)
+    if passes is None:
+        passes = [[float(i == k) for i in range(count)] for k in range(count)]
+    if len(weights) != count or any(len(one) != count for one in passes):
+        raise BadOption(f"expected a weight for each of {count} adapters, and one in every pass")
+    found = [
+        [(adapter, weight * part) for adapter, weight, part in zip(adapters, weights, one, strict=True)]
+        for one in passes
+    ]
+    acting = [[(adapter, weight) for adapter, weight in cast if weight != 0] for cast in found]
+    return [cast for cast in acting if cast]
 
 
 def _is_turn(turn: _Turn, number: int) -> bool:

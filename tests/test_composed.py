@@ -65,6 +65,15 @@ def test_both_halves_are_what_was_promised(
     assert (wanted - free).abs().max() > 0.01
 
 
+def test_a_pass_is_the_sum_of_those_in_it(pipeline: PicturePipeline, three: list[Adapter]) -> None:
+    """Weights multiply those of the passes; a pass with nobody in it does not count."""
+    together, alone = flow(pipeline, "a fox", three[:2], 0.5), flow(pipeline, "a fox", three[1:2], -0.25)
+    passes = [(1.0, 1.0, 0.0), (0.0, -0.5, 0.0), (0.0, 0.0, 1.0)]
+    with composed(pipeline.transformer, three, [0.5, 0.5, 0.0], passes=passes, **OURS):
+        found = doubled(pipeline)
+    assert torch.allclose(found, torch.cat([(together + alone) / 2, flow(pipeline, "", [])]), atol=1e-5)
+
+
 def test_without_adapters_or_weights_it_is_plain_guidance(pipeline: PicturePipeline, three: list[Adapter]) -> None:
     plain = painted(pipeline)
     for adapters, weights in (([], None), (three, [0.0, 0.0, 0.0])):
@@ -126,6 +135,9 @@ def test_a_batch_that_is_not_doubled_is_refused(pipeline: PicturePipeline, three
         painted(pipeline, guidance=1.0)
     with pytest.raises(BadOption, match="third"), composed(pipeline.transformer, three, wordless="third"):
         pass
+    for given in ({"weights": [1.0]}, {"passes": [(1.0, 1.0)]}):
+        with pytest.raises(BadOption, match="each of 3 adapters"), composed(pipeline.transformer, three, **given):
+            pass
 
 
 # --- pipelines of diffusers -------------------------------------------------------------------------------------------
