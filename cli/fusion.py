@@ -24,22 +24,26 @@ if TYPE_CHECKING:
     from ..merge.gates import Gates
 
 KINDS = ("composed", "gated", "sum")
-MEASURED = "the best that was measured on the built-in base"
+MEASURED = "styles and things, the best that was measured on the built-in base"
 FILE = "gates.safetensors"  # in a pipeline's folder
 FOLDER = "gates"  # in the home folder
+
+Passes = Sequence[Sequence[float]]  # of a composition: a weight for every adapter in each
 
 
 @dataclass(frozen=True)
 class Fusion:
     """How adapters act together: "composed", "gated", "sum" or, where there are none, "none"; and why so.
 
-    gates: those of this base that have a place for all the adapters' layers, whether they are used or not.
+    gates: those of this base that have a place for all the adapters' layers, whether they are used or not. passes: of
+    adapters that are composed.
     """
 
     kind: str
     reason: str
     gates: Gates | None = None
     path: Path | None = None
+    passes: Passes | None = None
 
 
 def fusion(
@@ -50,12 +54,14 @@ def fusion(
     given: Path | None,
     home: Path,
     guidance: float | None = None,
+    passes: Passes | None = None,
 ) -> Fusion:
-    """Gated where there are gates for this base, composed where several act on the built-in one, else the sum.
+    """Gated where there are gates for this base; composed on the built-in one where there are `passes`; else the sum.
 
     asked: one of KINDS, None for the best of what there is. given: the user's file of gates. guidance: what the user
-    says of it. Raises BadOption for what was asked for and cannot be, IncompatibleAdapters where the gates given are
-    for another base or other layers.
+    says of it. passes: those of a composition, see `by_role`; None for one of its own for each adapter. Raises
+    BadOption for what was asked for and cannot be, IncompatibleAdapters where the gates given are for another base or
+    other layers.
     """
     check_kind(asked)
     against = uncomposable(painter, guidance)
@@ -65,11 +71,21 @@ def fusion(
     if not adapters:
         return Fusion("none", "no adapters", gates, path)
     kind = asked or ("gated" if gates else "sum")
-    if asked is None and gates is None and not against and len(adapters) > 1 and painter.folder.resolve() == shipped():
+    if asked is None and gates is None and not against and passes and painter.folder.resolve() == shipped():
         kind, reason = "composed", MEASURED
     if asked in ("composed", "sum"):
         reason = "as asked"
-    return Fusion(kind, reason, gates, path)
+    if kind != "composed":
+        return Fusion(kind, reason, gates, path)
+    alone = [[float(i == k) for i in range(len(adapters))] for k in range(len(adapters))]
+    return Fusion(kind, reason, gates, path, passes or alone)
+
+
+def by_role(styles: Sequence[bool]) -> Passes | None:
+    """A pass of all adapters and one of those that are no styles, which are lost else; None without either kind."""
+    if all(styles) or not any(styles):
+        return None
+    return [[1.0] * len(styles), [0.0 if style else 1.0 for style in styles]]
 
 
 def uncomposable(painter: Painter, guidance: float | None) -> str | None:

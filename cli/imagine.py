@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +39,7 @@ class Request:
     dtype: str | None
     allow_pickle: bool
     quiet: bool
+    passes: Sequence[Sequence[float]] | None = None  # of a composition, from a recipe
 
     def __post_init__(self) -> None:
         if not 1 <= self.grid <= MOST:
@@ -73,7 +74,8 @@ def imagine(
     fuse: Annotated[
         str | None,
         typer.Option(
-            help="composed, gated or sum; default: gated where this base has gates, composed on the built-in base."
+            help="composed, gated or sum; default: gated where this base has gates, composed on the built-in base where"
+            " some adapters are tagged style and some are not."
         ),
     ] = None,
     gates: Annotated[Path | None, typer.Option(help="Gates to use instead of those that lie with the base.")] = None,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..hub.entries import Entry
     from ..index.encoders.text import TextEncoder
 
+STYLE = "style"  # the tag
+
 
 @dataclass(frozen=True)
 class Picked:
@@ -28,6 +30,12 @@ class Picked:
     weight: float
     score: float | None = None
     why: tuple[str, ...] = ()
+
+    @property
+    def style(self) -> bool:
+        """Whether it is tagged as a style."""
+        entry = self.named.entry
+        return entry is not None and STYLE in (tag.casefold() for tag in entry.tags)
 
 
 def named_adapters(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lorahub.cli.fusion import FILE, FOLDER, MEASURED, fusion, trained_on
+from lorahub.cli.fusion import FILE, FOLDER, MEASURED, Passes, by_role, fusion, trained_on
 from lorahub.generate.painting import Painter, open_painter
 from lorahub.hub.adapter import Adapter
 from lorahub.hub.errors import BadOption, FormatError, IncompatibleAdapters
@@ -32,9 +32,8 @@ def decided(
     home: Path,
     asked: str | None = None,
     given: Path | None = None,
-    guidance: float | None = None,
 ) -> tuple[str, str]:
-    found = fusion(painter, adapters, asked=asked, given=given, home=home, guidance=guidance)
+    found = fusion(painter, adapters, asked=asked, given=given, home=home)
     assert (found.gates is None) == (found.path is None)
     assert found.gates is None or not any(one.requires_grad for one in found.gates.parameters())
     return found.kind, found.reason
@@ -55,16 +54,27 @@ def test_without_gates_it_is_the_sum(painter: Painter, two: list[Adapter], tmp_p
 def test_adapters_are_composed_where_that_was_measured_best(
     painter: Painter, two: list[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert decided(painter, two, tmp_path, "composed") == ("composed", "as asked")
+    def how(asked: str | None = None, passes: Passes | None = None, guidance: float | None = None) -> list[object]:
+        made = fusion(painter, two, asked=asked, given=None, home=tmp_path, guidance=guidance, passes=passes)
+        return [made.kind, made.reason, made.passes]
+
+    mixed = by_role([True, False])
+    assert how("composed") == ["composed", "as asked", [[1.0, 0.0], [0.0, 1.0]]]
+    assert how("composed", mixed) == ["composed", "as asked", mixed]
+    assert how(None, mixed)[::2] == ["sum", None]
     monkeypatch.setattr("lorahub.cli.fusion.shipped", lambda: painter.folder)
-    assert decided(painter, two, tmp_path) == ("composed", MEASURED)
-    assert decided(painter, two, tmp_path, "sum") == ("sum", "as asked")
-    for adapters, guidance in ((two[:1], None), (two, 1.0)):
-        assert decided(painter, adapters, tmp_path, guidance=guidance)[0] == "sum"
+    assert how(None, mixed) == ["composed", MEASURED, mixed]
+    assert how("sum", mixed) == ["sum", "as asked", None]
+    assert how()[0] == how(None, mixed, 1.0)[0] == "sum"
     with pytest.raises(BadOption, match=r"guidance scale above 1.*say --fuse sum"):
-        decided(painter, two, tmp_path, "composed", guidance=1.0)
+        how("composed", guidance=1.0)
     write_gates(painter.denoiser, gated_paths(painter.denoiser), tmp_path / "base" / FILE)
-    assert decided(painter, two, tmp_path)[0] == "gated"
+    assert how(None, mixed)[::2] == ["gated", None]
+
+
+def test_what_is_no_style_gets_a_pass_without_styles() -> None:
+    assert by_role([True, False, False]) == [[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]]
+    assert [by_role(one) for one in ([], [True], [True, True], [False, False])] == [None] * 4
 
 
 def test_flux_is_refused_in_one_line(painter: Painter, two: list[Adapter], tmp_path: Path) -> None:

@@ -215,13 +215,14 @@ def test_gates_are_used_where_there_are_some(imagine: Call, gates: Path, tmp_pat
     assert np.array_equal(pixels(tmp_path / "d.png"), pixels(tmp_path / "sum.png"))
 
 
-def test_adapters_are_composed_as_asked_and_again(imagine: Call, call: Call, world: Path, tmp_path: Path) -> None:
-    made = facts(imagine("a watercolor fox", "--fuse", "composed", "--out", tmp_path / "a.png", "--json"))
-    assert (made["fuse"], made["reason"], made["panels"]) == ("composed", "as asked", ["composed"])
-    wanted = composition(world, [one["name"] for one in made["adapters"]], "a watercolor fox")
-    assert np.abs(pixels(tmp_path / "a.png") - wanted).max() <= 1
-    assert facts(call("imagine", "--again", tmp_path / "a.png", "--out", "b.png", "--json"))["fuse"] == "composed"
-    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(Path("b.png")))
+def test_adapters_are_composed_and_so_again(imagine: Call, call: Call, world: Path) -> None:
+    for name, passes in (("each.png", [[1.0, 0.0], [0.0, 1.0]]), ("tagged.png", [[1.0, 1.0], [0.0, 1.0]])):
+        made = facts(imagine("a watercolor fox", "--fuse", "composed", "--out", name, "--json"))
+        assert (made["fuse"], made["reason"], made["passes"]) == ("composed", "as asked", passes)
+        assert np.abs(pixels(Path(name)) - composition(world, list(STYLES)[::2], "a watercolor fox", passes)).max() <= 1
+        call("tag", "watercolor", "Style")
+    call("imagine", "--again", "each.png", "--out", "b.png")
+    assert np.array_equal(pixels(Path("each.png")), pixels(Path("b.png")))
 
 
 # --- sheets ---------------------------------------------------------------------------------------------------------
