@@ -20,6 +20,7 @@ UNSEEN_CONTENTS = ("clock", "bird", "building", "fish")
 OTHER = "other"
 COLOURINGS = 2  # of every picture that the style judge learns from
 CONTENT_CLASSES = (*CONTENTS, OTHER)
+Verdict = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Judges:
     accuracies: dict[str, float]
     by_class: dict[str, float]
 
-    def verdict(self, pictures: Pixels, pair: Pair) -> tuple[float, float, float]:
+    def verdict(self, pictures: Pixels, pair: Pair) -> Verdict:
         """Share of the pictures that have the style, the content, both."""
         style = self.style.probabilities(pictures).argmax(1) == STYLE_CLASSES.index(pair.style)
         content = self.content.probabilities(pictures).argmax(1) == CONTENT_CLASSES.index(pair.content)
@@ -121,7 +122,7 @@ def content_judge(arts: dict[str, Art], seed: int, steps: int, each: int) -> Jud
     )  # fmt: skip
 
 
-def mean_verdict(verdicts: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+def mean_verdict(verdicts: Sequence[Verdict]) -> Verdict:
     """Column by column."""
     style, content, both = np.mean(verdicts, axis=0)
     return float(style), float(content), float(both)

@@ -44,7 +44,7 @@ class Lesson:
 def style_lesson(style: Style, art: Art, reader: Reader, seed: int) -> Lesson:
     """A style, shown on some of the base's names."""
     base = art.of("base")
-    rows = random.Random(f"{style.name} {seed}").sample(range(len(base.names)), SUBJECTS)
+    rows = random.Random(f"{style.name} {seed}").sample(range(len(base.names)), min(SUBJECTS, len(base.names)))
     names = [base.names[row] for row in rows]
     templates = [one.format(style=style.name, trigger=style.trigger) for one in STYLED]
     data = captioned(names, restyled(style, base.pixels[rows], rows), reader, templates)

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +18,10 @@ from ..generate.painting import Painter, aside, open_painter
 from ..hub.entries import identity
 from ..hub.errors import BadOption, FormatError
 from ..hub.writing import replacing
+from ..merge.composed import composed
 from ..merge.gated import fingerprint, fused
 from . import show
-from .fusion import Fusion, check_kind, fusion
+from .fusion import Fusion, by_role, check_kind, fusion
 from .make import command_line, dtype_of, versions
 from .picking import Picked, found_adapters, named_adapters
 from .settings import home
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ..hub.adapter import Adapter
     from ..hub.catalog import Catalog
     from ..merge.gates import Gates
+    from .fusion import Passes
     from .imagine import Request
 
 BUILT_IN = "built-in"
@@ -59,12 +61,23 @@ class Plan:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to paint: what its panel says, and which adapters act, through which gates or as a sum."""
+    """One way to paint: what its panel says, and which adapters act: composed, through gates, or as a sum."""
 
     label: str
     adapters: Sequence[Adapter]
     weights: Sequence[float]
     gates: Gates | None = None
+    composed: bool = False
+    passes: Passes | None = None
+
+    def acting(self, painter: Painter) -> AbstractContextManager[Any]:
+        """The block in which the painter's denoiser has the adapters."""
+        model, part = painter.denoiser, painter.component
+        if self.composed:
+            return composed(
+                model, self.adapters, self.weights, passes=self.passes, component=part, wordless=painter.wordless
+            )
+        return fused(model, self.adapters, self.gates, self.weights, component=part)
 
 
 def carry_out(catalog: Catalog, request: Request, target: Target) -> dict[str, Any]:
@@ -108,6 +121,7 @@ def recalled(request: Request, picture: Path) -> Request:
             grid=len(recipe["seeds"]),
             compare=recipe["compare"],
             triggers=False,
+            passes=recipe.get("passes"),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FormatError(f"{picture}: its recipe lacks {error}; expected one that this version wrote") from None
@@ -140,7 +154,11 @@ def _plan(catalog: Catalog, painter: Painter, request: Request) -> Plan:
     lacking = [trigger for one in picked for trigger in _lacking(request.prompt, one)] if request.triggers else []
     prompt = ", ".join([request.prompt, *dict.fromkeys(lacking)])
     adapters = [one.adapter for one in picked]
-    return Plan(prompt, picked, spared, fusion(painter, adapters, asked=request.fuse, given=request.gates, home=home()))
+    how = fusion(
+        painter, adapters, asked=request.fuse, given=request.gates, home=home(), guidance=request.guidance,
+        passes=request.passes or by_role([one.style for one in picked]),
+    )  # fmt: skip
+    return Plan(prompt, picked, spared, how)
 
 
 def _lacking(prompt: str, picked: Picked) -> list[str]:
@@ -151,17 +169,20 @@ def _lacking(prompt: str, picked: Picked) -> list[str]:
 
 
 def variants(picked: Sequence[Picked], fusion: Fusion, *, compare: bool) -> list[Variant]:
-    """What is painted: the fusion alone or, to compare, the base, each adapter alone, their sum, and gated.
+    """What is painted: the fusion alone or, to compare, the base, each adapter alone, their sum, composed, and gated.
 
-    Of one adapter there is no sum, without gates nothing gated.
+    Of one adapter there is no sum, without gates nothing gated; composed only where that is how they are fused.
     """
     adapters, weights = [one.adapter for one in picked], [one.weight for one in picked]
     if not compare:
-        return [Variant(fusion.kind, adapters, weights, fusion.gates if fusion.kind == "gated" else None)]
+        gates = fusion.gates if fusion.kind == "gated" else None
+        return [Variant(fusion.kind, adapters, weights, gates, fusion.kind == "composed", fusion.passes)]
     found = [Variant("base", [], [])]
     found += [Variant(_share(one), [one.adapter], [one.weight]) for one in picked]
     if len(picked) > 1:
         found.append(Variant("sum", adapters, weights))
+    if fusion.kind == "composed":
+        found.append(Variant("composed", adapters, weights, composed=True, passes=fusion.passes))
     if picked and fusion.gates:
         found.append(Variant("gated", adapters, weights, fusion.gates))
     return found
@@ -182,7 +203,7 @@ def _painted(painter: Painter, plan: Plan, request: Request) -> list[list[Image]
             def onward(done: int, total: int | None, number: int = number) -> None:
                 advance(done + number * (total or 0), len(ways) * total if total else None)
 
-            with fused(painter.denoiser, way.adapters, way.gates, way.weights, component=painter.component):
+            with way.acting(painter):
                 columns.append(painter.paint(plan.prompt, request.seeds, progress=onward, **settings))
     return columns
 
@@ -214,6 +235,7 @@ def _facts(painter: Painter, plan: Plan, request: Request, target: Target) -> di
         "fuse": plan.fusion.kind,
         "reason": plan.fusion.reason,
         "gates": str(plan.fusion.path) if plan.fusion.path else None,
+        "passes": plan.fusion.passes,
         "adapters": [
             {
                 **_identity(one, allow_pickle=request.allow_pickle),
@@ -246,7 +268,7 @@ def _recipe(
     painter: Painter, plan: Plan, request: Request, facts: Mapping[str, Any], size: tuple[int, int]
 ) -> dict[str, Any]:
     """All that the picture follows from, and nothing that differs from one run to the next. size: of one picture."""
-    kept = ("prompt", "fuse", "reason", "gates", "seeds", "steps", "guidance", "base", "pipeline", "panels")
+    kept = ("prompt", "fuse", "reason", "gates", "passes", "seeds", "steps", "guidance", "base", "pipeline", "panels")
     return {
         **{key: facts[key] for key in kept},
         "adapters": [{key: one[key] for key in ("id", "name", "digest", "weight")} for one in facts["adapters"]],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +39,7 @@ class Request:
     dtype: str | None
     allow_pickle: bool
     quiet: bool
+    passes: Sequence[Sequence[float]] | None = None  # of a composition, from a recipe
 
     def __post_init__(self) -> None:
         if not 1 <= self.grid <= MOST:
@@ -70,7 +71,13 @@ def imagine(
         "hybrid"
     ),
     weight: options.Weights = None,
-    fuse: Annotated[str | None, typer.Option(help="gated or sum; default: gated where this base has gates.")] = None,
+    fuse: Annotated[
+        str | None,
+        typer.Option(
+            help="composed, gated or sum; default: gated where this base has gates, composed on the built-in base where"
+            " some adapters are tagged style and some are not."
+        ),
+    ] = None,
     gates: Annotated[Path | None, typer.Option(help="Gates to use instead of those that lie with the base.")] = None,
     pipeline: Annotated[
         Path | None, typer.Option(help="Folder of a diffusers pipeline; default: the built-in picture base.")
@@ -81,7 +88,7 @@ def imagine(
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
     grid: Annotated[int, typer.Option(help="How many pictures, with one seed after the other, on a sheet.")] = 1,
     compare: Annotated[
-        bool, typer.Option("--compare", help="A sheet of the base, each adapter alone, their sum, and gated.")
+        bool, typer.Option("--compare", help="A sheet of the base, each adapter alone, their sum, and the fusion.")
     ] = False,
     triggers: Annotated[
         bool, typer.Option("--triggers", help="Append the adapters' trigger words that the prompt lacks.")

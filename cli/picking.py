@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..index.encoders.text import TextEncoder
     from ..index.weight_encoder import WeightEncoder
 
+STYLE = "style"  # the tag
+
 
 @dataclass(frozen=True)
 class Picked:
@@ -29,6 +31,12 @@ class Picked:
     weight: float
     score: float | None = None
     why: tuple[str, ...] = ()
+
+    @property
+    def style(self) -> bool:
+        """Whether it is tagged as a style."""
+        entry = self.named.entry
+        return entry is not None and STYLE in (tag.casefold() for tag in entry.tags)
 
 
 def named_adapters(

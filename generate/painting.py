@@ -56,6 +56,11 @@ class Painter:
         assert isinstance(model, nn.Module)
         return model
 
+    @property
+    def wordless(self) -> str:
+        """Which half of a guided batch has no words: "first" in diffusers' pipelines, "second" in our own."""
+        return "second" if type(self.pipeline).__name__ == OURS else "first"
+
     def paint(
         self,
         prompt: str,

@@ -84,6 +84,7 @@ def fused(
     component: str = "",
     watch: Watch | None = None,
     shelf: Shelf | None = None,
+    when: Callable[[], bool] | None = None,
 ) -> Iterator[nn.Module]:
     """The model, with adapters acting on it inside the block.
 
@@ -91,8 +92,8 @@ def fused(
     convolutions, which have none. weights: multiply deltas, default 1. component: the model's name in its pipeline
     ("unet", "transformer"), with which the adapters' modules begin; modules of other components are left alone. watch:
     is called with the gates' openings whenever a layer runs. shelf: keeps what is prepared here for further blocks on
-    the same model. Raises IncompatibleAdapters for a module that the model or the
-    gates do not have, and where shapes differ.
+    the same model. when: asked whenever a layer runs, whether the adapters act in it. Raises IncompatibleAdapters for
+    a module that the model or the gates do not have, and where shapes differ.
     """
     shares = [1.0] * len(adapters) if weights is None else list(weights)
     clock, shelf = _Clock(), shelf or Shelf()
@@ -112,7 +113,7 @@ def fused(
                 if gates.recipe.global_rank:
                     parts.append(shelf.joint(owners, parts, gates.recipe.global_rank))
                 hook = _gating(gates.at(path), parts, clock, path, watch)
-            hooks.callback(layer.register_forward_hook(hook).remove)
+            hooks.callback(layer.register_forward_hook(_asking(when, hook) if when else hook).remove)
         yield model
 
 
@@ -162,6 +163,11 @@ def _layer(model: nn.Module, path: str, shapes: Sequence[Shape], component: str)
 
 
 # --- what runs in a layer ---------------------------------------------------------------------------------------------
+
+
+def _asking(when: Callable[[], bool], hook: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
+    """The hook, which does nothing unless it is told to."""
+    return lambda layer, inputs, output: hook(layer, inputs, output) if when() else None
 
 
 def _adding(layer: nn.Module, parts: Sequence[LowRank]) -> Callable[..., Tensor]:

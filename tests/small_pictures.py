@@ -88,3 +88,27 @@ def painted(
     with fused(pipeline.transformer, adapters, None, weights, component="transformer"):
         chance = torch.Generator().manual_seed(seed)
         return np.asarray(pipeline(prompt, num_inference_steps=2, generator=chance).images[0], np.int16)
+
+
+def composition(
+    world: Path, names: Sequence[str], prompt: str, passes: Sequence[Sequence[float]] = ((1, 0), (0, 1))
+) -> NDArray[np.int16]:
+    """The oracle for composed adapters: two steps by hand, with a pass after the other."""
+    from diffusers.image_processor import VaeImageProcessor
+    from lorahub.generate.pictures import PicturePipeline, predict
+
+    pipeline = PicturePipeline.from_pretrained(world / "base")
+    model, scheduler = pipeline.transformer, pipeline.scheduler
+    adapters = [read(world / "library" / name) for name in names]
+    picture = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    words, none = pipeline.encode_prompt([prompt]), pipeline.encode_prompt([""])
+    scheduler.set_timesteps(2)
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            free, sides = predict(model, picture, time.expand(1), none), []
+            for weights in passes:
+                with fused(model, adapters, None, weights, component="transformer"):
+                    sides.append(predict(model, picture, time.expand(1), words))
+            flow = free + 3 * (sum(sides) / len(sides) - free)
+            picture = scheduler.step(flow, time, picture).prev_sample
+    return np.asarray(VaeImageProcessor(vae_scale_factor=1).postprocess(picture, output_type="pil")[0], np.int16)

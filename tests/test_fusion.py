@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lorahub.cli.fusion import FILE, FOLDER, fusion, trained_on
+from lorahub.cli.fusion import FILE, FOLDER, MEASURED, Passes, by_role, fusion, trained_on
 from lorahub.generate.painting import Painter, open_painter
 from lorahub.hub.adapter import Adapter
 from lorahub.hub.errors import BadOption, FormatError, IncompatibleAdapters
@@ -27,7 +27,11 @@ def two(painter: Painter) -> list[Adapter]:
 
 
 def decided(
-    painter: Painter, adapters: list[Adapter], home: Path, asked: str | None = None, given: Path | None = None
+    painter: Painter,
+    adapters: list[Adapter],
+    home: Path,
+    asked: str | None = None,
+    given: Path | None = None,
 ) -> tuple[str, str]:
     found = fusion(painter, adapters, asked=asked, given=given, home=home)
     assert (found.gates is None) == (found.path is None)
@@ -43,8 +47,44 @@ def test_without_gates_it_is_the_sum(painter: Painter, two: list[Adapter], tmp_p
     for adapters in (two, []):
         with pytest.raises(BadOption, match="give --gates FILE"):
             decided(painter, adapters, tmp_path, "gated")
-    with pytest.raises(BadOption, match="gated, sum"):
+    with pytest.raises(BadOption, match="composed, gated, sum"):
         decided(painter, two, tmp_path, "average")
+
+
+def test_adapters_are_composed_where_that_was_measured_best(
+    painter: Painter, two: list[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def how(asked: str | None = None, passes: Passes | None = None, guidance: float | None = None) -> list[object]:
+        made = fusion(painter, two, asked=asked, given=None, home=tmp_path, guidance=guidance, passes=passes)
+        return [made.kind, made.reason, made.passes]
+
+    mixed = by_role([True, False])
+    assert how("composed") == ["composed", "as asked", [[1.0, 0.0], [0.0, 1.0]]]
+    assert how("composed", mixed) == ["composed", "as asked", mixed]
+    assert how(None, mixed)[::2] == ["sum", None]
+    monkeypatch.setattr("lorahub.cli.fusion.shipped", lambda: painter.folder)
+    assert how(None, mixed) == ["composed", MEASURED, mixed]
+    assert how("sum", mixed) == ["sum", "as asked", None]
+    assert how()[0] == how(None, mixed, 1.0)[0] == "sum"
+    with pytest.raises(BadOption, match=r"guidance scale above 1.*say --fuse sum"):
+        how("composed", guidance=1.0)
+    write_gates(painter.denoiser, gated_paths(painter.denoiser), tmp_path / "base" / FILE)
+    assert how(None, mixed)[::2] == ["gated", None]
+
+
+def test_what_is_no_style_gets_a_pass_without_styles() -> None:
+    assert by_role([True, False, False]) == [[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]]
+    assert [by_role(one) for one in ([], [True], [True, True], [False, False])] == [None] * 4
+
+
+def test_flux_is_refused_in_one_line(painter: Painter, two: list[Adapter], tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1)
+    painter.pipeline.transformer = flux
+    with pytest.raises(BadOption, match=r"FluxTransformer2DModel takes guidance as an input.*say --fuse sum"):
+        decided(painter, two, tmp_path, "composed")
 
 
 @pytest.mark.parametrize("place", [f"base/{FILE}", f"{FOLDER}/any.safetensors", "given.safetensors"])

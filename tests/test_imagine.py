@@ -22,7 +22,7 @@ from lorahub.hub.lowrank import LowRank
 from lorahub.hub.writing import save
 from numpy.typing import NDArray
 from PIL import Image
-from small_pictures import adapter, gated_paths, painted, picture_pipeline, write_adapter, write_gates
+from small_pictures import adapter, composition, gated_paths, painted, picture_pipeline, write_adapter, write_gates
 
 STYLES = {
     "watercolor": ("Wet, pale colours that pool and run on rough paper.", "watercolor painting"),
@@ -215,18 +215,30 @@ def test_gates_are_used_where_there_are_some(imagine: Call, gates: Path, tmp_pat
     assert np.array_equal(pixels(tmp_path / "d.png"), pixels(tmp_path / "sum.png"))
 
 
+def test_adapters_are_composed_and_so_again(imagine: Call, call: Call, world: Path) -> None:
+    for name, passes in (("each.png", [[1.0, 0.0], [0.0, 1.0]]), ("tagged.png", [[1.0, 1.0], [0.0, 1.0]])):
+        made = facts(imagine("a watercolor fox", "--fuse", "composed", "--out", name, "--json"))
+        assert (made["fuse"], made["reason"], made["passes"]) == ("composed", "as asked", passes)
+        assert np.abs(pixels(Path(name)) - composition(world, list(STYLES)[::2], "a watercolor fox", passes)).max() <= 1
+        call("tag", "watercolor", "Style")
+    call("imagine", "--again", "each.png", "--out", "b.png")
+    assert np.array_equal(pixels(Path("each.png")), pixels(Path("b.png")))
+
+
 # --- sheets ---------------------------------------------------------------------------------------------------------
 
 
-def test_compare_paints_base_each_sum_and_gated(imagine: Call, world: Path, gates: Path, tmp_path: Path) -> None:
+def test_compare_paints_every_way(imagine: Call, world: Path, gates: Path, tmp_path: Path) -> None:
     prompt = "a watercolor fox"
-    made = facts(imagine(prompt, "--compare", "--gates", gates, "--out", tmp_path / "a.png", "--json"))
-    assert made["panels"] == ["base", "watercolor", "wild-animals", "sum", "gated"]
+    ask = (prompt, "--compare", "--fuse", "composed", "--gates", gates, "--out", tmp_path / "a.png", "--json")
+    made = facts(imagine(*ask))
+    assert made["panels"] == ["base", "watercolor", "wild-animals", "sum", "composed", "gated"]
     picture = pixels(tmp_path / "a.png")
-    assert picture.shape[1] == GAP + 5 * (LEAST + GAP)
+    assert picture.shape[1] == GAP + 6 * (LEAST + GAP)
     top = picture.shape[0] - LEAST - GAP
     wanted = [painted(world, names, [1.0] * len(names), prompt) for names in ([], ["watercolor"], ["wild-animals"])]
     wanted.append(painted(world, ["watercolor", "wild-animals"], [1.0, 1.0], prompt))
+    wanted.append(composition(world, ["watercolor", "wild-animals"], prompt))
     for number, small in enumerate(wanted):
         left = GAP + number * (LEAST + GAP)
         panel = picture[top : top + LEAST, left : left + LEAST]
@@ -332,7 +344,7 @@ def test_nothing_is_half_written(
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--fuse", "best"], "gated, sum"),
+        (["--fuse", "best"], "composed, gated, sum"),
         (["--fuse", "gated"], "--gates FILE"),
         (["--grid", "0"], "1 to 64"),
         (["--steps", "0"], "at least 1"),
