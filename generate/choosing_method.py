@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -126,6 +126,18 @@ def stored(home: Path, base: str) -> Evaluation | None:
         raise FormatError(
             f"{path}: is no evaluation ({error}); make it anew with `lorahub generator evaluate`"
         ) from None
+
+
+def forget(home: Path, base: str, method: str) -> None:
+    """Drop what is known of a method, because it is another one now."""
+    known = stored(home, base)
+    if known is None:
+        return
+    trials = tuple(
+        replace(one, scores={name: score for name, score in one.scores.items() if name != method})
+        for one in known.trials
+    )
+    save(replace(known, trials=trials), evaluation_path(home, base))
 
 
 def _share(trials: Collection[Trial], method: str) -> float | None:

@@ -23,6 +23,7 @@ from ..hub.adapter import Adapter
 from ..hub.bases import family
 from ..hub.errors import GenerationError, LoraHubError
 from ..index.own_similarity import reading
+from .choosing_method import forget
 from .layout import Gauge
 from .library import GENERATED, expert_name
 from .stored import LEARNED, SUFFIX, Learned, save
@@ -160,9 +161,11 @@ def fit_shelf(
 
 
 def keep(home: Path, base: str, made: Learned, out: Path | None = None) -> Path:
-    """Write a generator to its place in the home folder, in place of an older one, or to `out`."""
+    """Write a generator to its place in the home folder, in place of an older one and its evaluation, or to `out`."""
     path = out or generator_path(home, base, made.kind)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if out is None:
+        forget(home, base, made.kind)
     return save(made, path, force=True)
 
 
