@@ -179,6 +179,8 @@ def main() -> None:
     some = settings(options.splits, seeds, quick=options.quick, world=options.world)
     given = {"data": options.data, "pictures": options.pictures}
     sources = Sources(**{name: folder for name, folder in given.items() if folder is not None})
+    if options.world == "sentences" and not sources.data.is_dir():
+        raise SystemExit(f"{sources.data} is no folder; --data names one with the checkouts of example_sources.py")
     with nullcontext(options.room) if options.room else tempfile.TemporaryDirectory() as room:
         report = run(some, plan, Path(room), sources, options.workers)
     show(report)
