@@ -1,8 +1,9 @@
 """A network that makes an adapter from a description, trained on the tasks' own loss through the frozen base.
 
 Its kind is Text-to-LoRA's stronger one (arXiv 2506.06105): no adapter is imitated; what it makes is put to work on each
-task's data, and the loss says how to do better. It starts as an adapter that does all tasks middlingly, and learns to
-move in the space that the library's experts span and in some directions of its own. Importing this needs torch.
+task's data, and the loss says how to do better. (Imitating first was tried: taught tasks were served as by their own
+experts, new combinations of their factors not at all.) It starts at one adapter for all, best the experts' mean, and
+learns to move in the space that they span and in some directions of its own. Importing this needs torch.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def trained(
         with _chance(drill.seed, step):
             chosen = torch.randperm(len(names))[: drill.tasks].tolist()
             asked = torch.stack([states[row][int(torch.randint(len(states[row]), ()))] for row in chosen])
-            codes = network.codes(asked, noise=drill.noise, dropped=drill.dropped)
+            codes = network.codes(network.reader.among_strange(asked), noise=drill.noise, dropped=drill.dropped)
         vectors = network.made(codes)
         some = [names[row] for row in chosen]
         batches = [practice.draws[name](step, generator(drill.seed, f"{name} {step}")) for name in some]

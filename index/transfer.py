@@ -28,6 +28,7 @@ DIM = 32
 SHARPNESS = 8.0  # of the cosines, and so of the ranking that is learned
 WEIGHT = 3.0  # of a standard deviation of the measured scores, in the ranking that is wanted
 NOISE, DROPPED = 0.3, 0.15  # in training: noise on every number (in units of its spread), and tokens left out
+STRANGE = 0.4  # in training: tokens that say nothing, for each place of the longest text
 
 _ENTRY = "lorahub_similarity"
 _VERSION = 1
@@ -57,6 +58,17 @@ class Reader(nn.Module):
         self.mean.copy_(known.mean(dim=0))
         self.spread.copy_((known - self.mean).square().mean().sqrt().clamp_min(1e-6))
 
+    def among_strange(self, states: Tensor) -> Tensor:
+        """Descriptions (n, places, width) with tokens at chance behind their own, for training only.
+
+        A reader that bears them does not look at words that say nothing of the task, so new sentences mislead it less.
+        Sentences' own vectors, of one place, stay as they are. Takes from torch's global chance.
+        """
+        if states.shape[1] == 1:
+            return states
+        tokens = functional.normalize(self.mean + self.spread * torch.randn_like(states), dim=2)
+        return torch.cat([states, tokens * (torch.rand(*states.shape[:2], 1) < STRANGE)], dim=1)
+
     def forward(self, states: Tensor, *, noise: float = 0.0, dropped: float = 0.0) -> Tensor:
         """noise, dropped: shares of torch's global chance, for training only."""
         there = _present(states)
@@ -81,6 +93,12 @@ def _present(states: Tensor) -> Tensor:
 def _scaled(states: Tensor) -> Tensor:
     unit: Tensor = functional.normalize(states, dim=-1)
     return unit * math.sqrt(states.shape[-1])
+
+
+def shortened(states: Sequence[Tensor]) -> list[Tensor]:
+    """Descriptions (n, places, width) of each task without the last places, where no text has a token."""
+    places = max(int(_present(some).any(dim=0).nonzero().max()) for some in states) + 1
+    return [some[:, :places] for some in states]
 
 
 def parted(vectors: Vectors | Tensor, width: int) -> Tensor:
@@ -231,7 +249,8 @@ def fit_similarity(
         }
         given |= {"rate": rate, "batch": batch, "seed": seed}
         ranking = ranked(vectors, scores, folded(vectors, scores, folds=folds, **given))
-    reader = _fitted([parted(some, tokens) for some in vectors], scores, sizes, _Course(steps, rate, batch, seed))
+    states = shortened([parted(some, tokens) for some in vectors])
+    reader = _fitted(states, scores, sizes, _Course(steps, rate, batch, seed))
     tensors = {name: part.detach().clone() for name, part in reader.state_dict().items()}
     return Similarity(space, tokens, sizes, tensors, ranking)
 
@@ -299,9 +318,9 @@ def _fitted(states: Sequence[Tensor], scores: Tensor, sizes: tuple[int, int, int
         optimizer = torch.optim.AdamW(reader.parameters(), lr=course.rate, weight_decay=0.1)
         rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, course.rate, total_steps=course.steps, pct_start=0.1)
         for _ in range(course.steps):
-            keys = functional.normalize(reader(_one_each(states), noise=NOISE, dropped=DROPPED), dim=1)
+            keys = _trying(reader, _one_each(states))
             rows = torch.randint(len(every), (course.batch,))
-            asked = functional.normalize(reader(every[rows], noise=NOISE, dropped=DROPPED), dim=1)
+            asked = _trying(reader, every[rows])
             learned, aim = SHARPNESS * asked @ keys.T, wanted[owners[rows]]
             loss = _apart(learned, aim) + _apart(
                 learned.masked_fill(own[owners[rows]], -1e4), aim.masked_fill(own[owners[rows]], -1e4)
@@ -311,6 +330,11 @@ def _fitted(states: Sequence[Tensor], scores: Tensor, sizes: tuple[int, int, int
             optimizer.step()
             rates.step()
     return reader.eval()
+
+
+def _trying(reader: Reader, states: Tensor) -> Tensor:
+    """Unit vectors (n, dim) of descriptions, read under training's difficulties."""
+    return functional.normalize(reader(reader.among_strange(states), noise=NOISE, dropped=DROPPED), dim=1)
 
 
 def _one_each(states: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,16 @@ import pytest
 import torch
 from lorahub.hub.errors import BadOption, FormatError, RetrievalError, TargetExists
 from lorahub.index.encoders.text import text
-from lorahub.index.transfer import Reader, Similarity, fit_similarity, folded, load, parted, ranked
+from lorahub.index.transfer import (
+    Reader,
+    Similarity,
+    fit_similarity,
+    folded,
+    load,
+    parted,
+    ranked,
+    shortened,
+)
 from lorahub.index.wording import matching, token_states, token_width
 
 WIDTH, PLACES = 12, 4
@@ -112,6 +121,28 @@ def test_a_reader_of_one_place_is_linear_in_the_direction() -> None:
 def test_vectors_that_do_not_divide_into_tokens() -> None:
     with pytest.raises(RetrievalError, match=r"shape \(2, 13\); expected a multiple of 12"):
         parted(np.zeros((2, 13), np.float32), 12)
+
+
+def test_strange_tokens_stand_behind_the_descriptions_own() -> None:
+    reader, states = Reader(WIDTH, 5), parted(vectors(["red disc", "gold cone here"]), WIDTH)
+    reader.settle(states)
+    found = reader.among_strange(states)
+    assert torch.equal(found[:, :PLACES], states)
+    lengths = found[:, PLACES:].norm(dim=2)
+    assert {round(float(length), 4) for length in lengths.flatten()} == {0.0, 1.0}
+    sentences = torch.randn(3, 1, WIDTH)
+    assert reader.among_strange(sentences) is sentences
+
+
+def test_without_the_places_that_no_text_uses_the_same_is_read() -> None:
+    reader, states = (
+        Reader(WIDTH, 5).eval(),
+        [parted(vectors([said], 9), WIDTH) for said in ("red disc", "gold cone here")],
+    )
+    reader.settle(torch.cat(states))
+    short = shortened(states)
+    assert [one.shape for one in short] == [(1, 3, WIDTH)] * 2
+    assert torch.allclose(reader(torch.cat(short)), reader(torch.cat(states)), atol=1e-6)
 
 
 # --- learning -----------------------------------------------------------------------------------------------------
