@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 if TYPE_CHECKING:
     from generation_world import Plan, Setting, Sources
 
-VERSION = 2  # of the rows: what an older one measured is not taken
+VERSION = 3  # of the rows: what an older one measured is not taken
 SEEDS = {"digits": 3, "sentences": 1, "pictures": 1}
 
 

@@ -119,14 +119,14 @@ class Desk:
         )
         return found
 
-    def hyper(self, words: Words, *, fitted_reader: bool = True) -> Hyper:
+    def hyper(self, words: Words, *, fitted_reader: bool = True, from_everything: bool = False) -> Hyper:
         found: Hyper = self.keep(
-            ("hyper", words, fitted_reader),
+            ("hyper", words, fitted_reader, from_everything),
             lambda: hyper(
                 self.cell.worded if words == "tokens" else self.cell.school,
                 self.cell.practice,
                 steps=self.cell.plan.hyper,
-                start=self.cell.everything,
+                start=self.cell.everything if from_everything else None,
                 similarity=self.cell.similarity(words) if fitted_reader else None,
                 seed=self.cell.setting.seed,
             ),
@@ -276,14 +276,14 @@ def _perceptron(desk: Desk) -> Made:
 
 
 def _hyper(
-    words: Words = "tokens", *, wrong: bool = False, strange: bool = False, fitted_reader: bool = True
+    words: Words = "tokens", *, wrong: bool = False, strange: bool = False, **given: bool
 ) -> Callable[[Desk], Made]:
     def make(desk: Desk) -> Made:
         queries = desk.cell.asked(words, strange=strange)
         if wrong:  # every task's descriptions go to the one half the list away
             middle = len(queries) // 2
             queries = queries[middle:] + queries[:middle]
-        return _sampled(desk, desk.hyper(words, fitted_reader=fitted_reader), queries)
+        return _sampled(desk, desk.hyper(words, **given), queries)
 
     return make
 
@@ -318,6 +318,7 @@ ROWS = (
     Row("hypernetwork, wrong description", _hyper(wrong=True)),
     Row("hypernetwork, sentence vectors", _hyper("sentences"), once=True),
     Row("hypernetwork, its reader not fitted to transfer", _hyper(fitted_reader=False), once=True),
+    Row("hypernetwork, from the multi-task adapter", _hyper(from_everything=True), once=True),
     Row("best expert in hindsight", _hindsight, peeks=True),
     Row(ORACLE, _oracle, peeks=True),
 )
