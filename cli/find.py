@@ -49,11 +49,8 @@ def search(
         if encoder and mode != "weights":
             with show.progress("reading descriptions", quiet=json) as advance:
                 fill(catalog, encoder, progress=advance)
-        known = (
-            encoded(catalog, encoder.space, unknown=mode == "weights", quiet=json)
-            if encoder and mode != "meaning"
-            else []
-        )
+        asked = encoder if mode != "meaning" else None
+        known = encoded(catalog, asked.space, unknown=mode == "weights", quiet=json) if asked else []
         hits = search_index(
             catalog, query, mode=mode, base=base, tags=tag or (), limit=limit, encoder=encoder, encoders=known
         )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lorahub.hub.adapter import Adapter
 from lorahub.hub.errors import BadOption, FormatError, IncompatibleAdapters, RetrievalError
-from lorahub.hub.lowrank import LowRank
-from lorahub.index.calibration import Calibration, calibrate
 from lorahub.index.contrast import Pairs, both_ways, contrast, reciprocal_rank
 from lorahub.index.course import number
 from lorahub.index.fitting import PUBLISHED_LOSS, Example, Progress, Settings, fit
@@ -24,42 +20,10 @@ from lorahub.index.modules import Manifest
 from lorahub.index.ridge import Solution, chosen
 from lorahub.index.weight_encoder import WeightEncoder
 from making import adapter
+from planting import CONCEPTS, SMALL, Words, library, planted
 from torch import Tensor
 
-CONCEPTS = 6
 QUICK = Settings(steps=6, batch=12, look=2, save_every=2, seed=3)
-SMALL: dict[str, dict[str, Any]] = {
-    "autolora": {"width": 16, "left": 32, "right": 8, "both": 8, "start": 16},
-    "w2t": {"width": 16},
-    "ridge": {"left": 32, "right": 8, "both": 8},
-}
-
-
-class Words:
-    """Every text has a direction of its own, the same for ever."""
-
-    space, dim = "words", 24
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        rows = [np.random.default_rng(zlib.crc32(text.encode())).normal(size=self.dim) + 0.5 for text in texts]
-        vectors = np.array(rows, np.float32).reshape(len(texts), self.dim)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def planted(concept: int, seed: int, *, noise: float = 0.4, modules: int = 4, size: int = 32) -> Adapter:
-    """Columns from the concept's planes, mixed anew; `down`, rank and strength of its own."""
-    shared, own = (torch.Generator().manual_seed(start) for start in (concept, 1000 + 100 * concept + seed))
-    rank = [2, 3, 4][seed % 3]
-    parts = {}
-    for index in range(modules):
-        columns = torch.randn(size, 2, generator=shared) @ torch.randn(2, rank, generator=own)
-        columns = columns + noise * torch.randn(size, rank, generator=own)
-        parts[f"b.{index}.q"] = LowRank(torch.randn(rank, size, generator=own), columns, 0.1 * (1 + seed))
-    return Adapter(parts, "planted", meta={"name": f"{concept}-{seed}"})
-
-
-def library(each: int = 6) -> list[Example]:
-    return [Example(planted(c, seed), (f"concept {c}",)) for seed in range(each) for c in range(CONCEPTS)]
 
 
 def recall(encoder: WeightEncoder) -> float:
@@ -190,72 +154,7 @@ def test_blocks_that_say_nothing_are_left_out() -> None:
     assert chosen([grams[0], 0 * grams[0], 0 * grams[0]], targets)[1] == (1.0, 0.0, 0.0)
 
 
-# --- calibration ----------------------------------------------------------------------------------------------------
-
-
-def test_a_calibration_is_how_often_it_was_right() -> None:
-    chance = np.random.default_rng(0)
-    cosines = chance.uniform(0, 1, 4000)
-    curve = calibrate(cosines, chance.uniform(size=4000) < cosines**2)
-    for cosine in (0.2, 0.5, 0.8):
-        assert curve(cosine) == pytest.approx(cosine**2, abs=0.08)
-    values = [curve(cosine) for cosine in np.linspace(-1, 1, 50)]
-    assert values == sorted(values)
-    assert curve.cases == 4000
-    assert curve.chance == pytest.approx(1 / 3, abs=0.03)
-
-
-def test_a_calibration_never_makes_certain() -> None:
-    always = calibrate([0.3, 0.4, 0.5], [True, True, True])
-    assert always(0.5) == always(1.0) == pytest.approx(0.75)
-    assert always(-1.0) == always(0.0) == 0.0
-    assert always(0.15) < 0.5, "nothing was seen down there"
-    assert calibrate([], [])(0.9) == 0.0
-    assert Calibration.from_json(always.as_json()) == always
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        None,
-        {},
-        {"cosines": "x"},
-        {"cosines": [0, 1], "shares": [1, 0], "cases": 2, "chance": 0},
-        {"cosines": [0.0], "shares": [2.0], "cases": 1, "chance": 0},
-        {"cosines": [0.0], "shares": [1.0], "cases": 1, "chance": -1},
-    ],
-)
-def test_another_table_is_no_calibration(data: Any) -> None:
-    with pytest.raises(FormatError, match="calibration"):
-        Calibration.from_json(data)
-
-
 # --- fits -----------------------------------------------------------------------------------------------------------
-
-
-class Worded(Words):
-    """Texts that begin with the same word are near to one another."""
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        vectors = super().encode([text.split()[0] for text in texts]) + 0.8 * super().encode(texts)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def test_ridge_foretells_how_often_other_words_find_the_right_adapter() -> None:
-    """What it says of a cosine holds for words and adapters of which it learned neither."""
-    examples = [replace(one, texts=tuple(f"{one.texts[0][8:]} {n}" for n in "abc")) for one in library()]
-    encoder = fit("ridge", examples, Worded(), options=SMALL["ridge"])
-    queries = Worded().encode([f"{concept} {n}" for concept in range(CONCEPTS) for n in "xyz"])
-    vectors = encoder.encode_all(planted(concept, seed) for concept in range(CONCEPTS) for seed in (51, 52, 53))
-    cosines = (queries @ vectors.T).ravel()
-    right = np.kron(np.eye(CONCEPTS, dtype=bool), np.ones((3, 3), bool)).ravel()
-    told = np.array([encoder.confidence(float(cosine), of="queries") for cosine in cosines])
-    assert told[right].mean() > 3 * told[~right].mean()
-    assert told.mean() == pytest.approx(right.mean(), abs=0.06)
-    # of words that it learned it is surer, and of other words that would be wrong
-    sure = np.array([encoder.confidence(float(cosine)) for cosine in cosines])
-    likely = (told > 0.05) & (told < 0.95)
-    assert abs(told[likely].mean() - right[likely].mean()) < abs(sure[likely].mean() - right[likely].mean())
 
 
 @pytest.mark.parametrize(
