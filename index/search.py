@@ -88,6 +88,7 @@ def search(
         scores = fuse([id_ for id_, _, _ in words], [id_ for id_, _ in near])
         if encoders:
             scores = _with_weights(scores, weighed, _voiced(catalog, encoders))
+            weighed = [one for one in weighed if one.telling]  # the rest had no vote, and is no reason
     else:
         scores = {id_: score for id_, score, _ in words} | dict(near) | {one.id: one.cosine for one in weighed}
     return _hits(catalog, scores, words, near, weighed, limit)
