@@ -194,8 +194,11 @@ def _enter(
     from ..generate.library import GENERATED
     from ..hub.reading import fingerprint
 
+    made = fingerprint(path)[:16]
+    if made in {parent.entry.id for parent, _ in parents if parent.entry}:
+        return  # a copy of an expert is that expert, and keeps its own name and words
     remember(catalog, path, name, GENERATED + facts["method"], parents, facts, base=facts["base"], seed=facts["seed"])
-    catalog.describe(catalog.entry(fingerprint(path)[:16]).id, facts["description"])
+    catalog.describe(catalog.entry(made).id, facts["description"])
 
 
 def _card(description: str, facts: Mapping[str, Any], made: Generated) -> str:

@@ -131,7 +131,11 @@ def test_checkpoints_of_one_expert_share_a_tag(home: Path, monkeypatch: pytest.M
     made = ran("generate", "Sorts fruit", "--out", home / "h", "--method", "nearest", "--dry-run", "--force")
     assert made["novelty_in_spreads"] == {"expert": "fruit", "spreads": pytest.approx(0.0, abs=1e-3)}
     with Catalog(home / "other") as catalog:
-        assert len(catalog.entries()) == 6
+        before = {entry.name: entry.description for entry in catalog.entries()}
+    ran("generate", "sorting apples from pears", "--out", home / "h", "--method", "nearest", "--force")
+    with Catalog(home / "other") as catalog:  # the nearest expert was copied, and keeps what is said of it
+        assert {entry.name: entry.description for entry in catalog.entries()} == before
+    assert len(before) == 6
 
 
 PRACTICE = """
