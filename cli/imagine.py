@@ -67,9 +67,9 @@ def imagine(
         typer.Option("--adapters", metavar="REF", help="Paint with this one, REF:0.7 for a weight; may be repeated."),
     ] = None,
     limit: Annotated[int, typer.Option(help="How many adapters to find at most; 0 for the base's own picture.")] = 3,
-    mode: Annotated[str, typer.Option(help="How to find adapters: hybrid, text (names and words) or meaning.")] = (
-        "hybrid"
-    ),
+    mode: Annotated[
+        str, typer.Option(help="How to find adapters: hybrid, text (names and words), meaning or weights.")
+    ] = "hybrid",
     weight: options.Weights = None,
     fuse: Annotated[
         str | None,

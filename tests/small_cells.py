@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,13 @@ FEW = {"probes": 2, "tests": 3, "choice": 2, "queries": 2, "only": (), "icm_stag
 
 
 class Words:
-    """In place of the text model: every text has a direction of its own."""
+    """In place of the text model: every text has a direction of its own, the same in every process."""
 
     def __init__(self, space: str, dim: int) -> None:
         self.space, self.dim = space, dim
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        rows = [np.random.default_rng(abs(hash(said)) % 2**32).standard_normal(self.dim) for said in texts]
+        rows = [np.random.default_rng(zlib.crc32(said.encode())).standard_normal(self.dim) for said in texts]
         made = np.stack(rows).astype(np.float32)
         return made / np.linalg.norm(made, axis=1, keepdims=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_cells import Words
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -187,18 +187,6 @@ def test_experts_are_kept_and_those_of_one_start_share_it(tmp_path: Path) -> Non
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
-
-
-class Words:
-    """In place of the text model: every text has a direction of its own."""
-
-    def __init__(self, space: str, dim: int) -> None:
-        self.space, self.dim = space, dim
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        rows = [np.random.default_rng(abs(hash(said)) % 2**32).standard_normal(self.dim) for said in texts]
-        made = np.stack(rows).astype(np.float32)
-        return made / np.linalg.norm(made, axis=1, keepdims=True)
 
 
 @pytest.fixture
