@@ -139,8 +139,7 @@ def learned(bench: Bench, parts: Sequence[str], seed: int, recipe: Recipe) -> Ra
     seconds = {"fit": fitted - start, "encoding": time.perf_counter() - fitted}
 
     def texts(wordings: Sequence[str]) -> Array:
-        found: Array = bench.words.encode(wordings) @ vectors.T
-        return found
+        return encoder.scores(bench.words.encode(wordings), vectors)
 
     return Ranking(vectors @ vectors.T, texts, seconds, encoder)
 

@@ -253,7 +253,7 @@ def _claim_by_weights(
         if one.confidence < SURE:
             return
         if usable(one.id):
-            why = f"{phrase}: weights, cosine {one.cosine:.2f}, right in {one.confidence:.0%} of such cases"
+            why = f"{phrase}: weights, score {one.score:.2f}, right in {one.confidence:.0%} of such cases"
             claims.setdefault(one.id, _Claim()).add(places, one.confidence, why)
             return
 

@@ -23,7 +23,7 @@ BREADTHS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # list
 SAMPLE = 400  # queries that the breadth is measured with
 MIXED = 3  # stored vectors that make a query: words asked for are seldom words stored, and lie between many
 FAR = 1000  # results wanted above which lists are no help
-REFINED = 160  # candidates compared with the vectors themselves, or FACTOR times those wanted
+REFINED = 256  # candidates compared with the vectors themselves, or FACTOR times those wanted
 FACTOR = 4
 _PORTION = 65_536  # vectors worked on at once
 

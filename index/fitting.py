@@ -22,6 +22,7 @@ from ..hub.plugins import options as known_options
 from .calibration import Calibration, calibrate
 from .contrast import Pairs, both_ways
 from .course import Bench, Course, Journal, number
+from .crowding import crowding, landmarks
 from .encoders._tokens import Features
 from .encoders.text import TextEncoder
 from .modules import Manifest
@@ -162,6 +163,7 @@ def fit(
         calibration=result.words,
         neighbours=result.neighbours,
         queries=result.queries,
+        landmarks=landmarks(bench.targets().numpy()),
     )
 
 
@@ -222,7 +224,7 @@ def _solve(
 
 
 def _reworded(network: Any, bench: Bench, solution: Any) -> Calibration:
-    """How often an adapter is what a text asks for, by cosine, when neither the adapter nor the text was learned from.
+    """How often an adapter is what a text asks for, by score, when neither the adapter nor the text was learned from.
 
     In turn the first, second ... text of every example that has several is left out, besides the example itself.
     """
@@ -230,19 +232,26 @@ def _reworded(network: Any, bench: Bench, solution: Any) -> Calibration:
     for turn in range(min(max(map(len, owned)), TURNS)):
         left = {own[turn] for own in owned if len(own) > max(turn, 1)}
         kept = [[text for text in own if text not in left] or own for own in owned]
-        vectors = network.aside(solution.aimed(bench.targets(kept)).predicted())
+        targets = bench.targets(kept)
+        vectors = network.aside(solution.aimed(targets).predicted())
         texts = torch.tensor(sorted(left), dtype=torch.long)
-        found.append((vectors @ bench.vectors[texts].T, bench.pairs.fitting[texts].T))
+        found.append((_scores(vectors, bench.vectors[texts], targets), bench.pairs.fitting[texts].T))
     if not sum(right.numel() for _, right in found):  # one text each: there is none to leave out
         vectors = network.aside(solution.predicted())
-        found = [(vectors @ bench.vectors.T, bench.pairs.fitting.T)]
+        found = [(_scores(vectors, bench.vectors, bench.targets()), bench.pairs.fitting.T)]
     return _counted(torch.cat([some.flatten() for some, _ in found]), torch.cat([some.flatten() for _, some in found]))
 
 
-def _counted(cosines: Tensor, right: Tensor) -> Calibration:
+def _scores(vectors: Tensor, texts: Tensor, targets: Tensor) -> Tensor:
+    """`WeightEncoder.scores`, adapters first: (n, texts), of an encoder that was fitted to these targets."""
+    crowded = crowding(vectors.numpy(), landmarks(targets.numpy()))
+    return vectors @ texts.T - torch.from_numpy(crowded)[:, None]
+
+
+def _counted(scores: Tensor, right: Tensor) -> Calibration:
     """The calibration of that many pairs, or of some evenly chosen where there are too many."""
-    step = 1 + len(cosines) // PAIRS
-    return calibrate(cosines[::step].numpy(), right[::step].numpy())
+    step = 1 + len(scores) // PAIRS
+    return calibrate(scores[::step].numpy(), right[::step].numpy())
 
 
 # --- by steps -------------------------------------------------------------------------------------------------------
@@ -271,7 +280,8 @@ def _learn(
         return Result(Calibration(), Calibration(), Calibration(), told)
     seen = course.encoded(held)
     words, neighbours = _calibrated(bench, held, seen, train, course.encoded(train))
-    queries = _counted((seen @ bench.vectors.T).flatten(), bench.pairs.fitting[:, held].T.flatten())
+    scores = _scores(seen, bench.vectors, bench.targets()[train])
+    queries = _counted(scores.flatten(), bench.pairs.fitting[:, held].T.flatten())
     if settings.refit:
         network.load_state_dict(start)
         everything = Course(network, bench, settings, torch.arange(len(bench.items)), held[:0])

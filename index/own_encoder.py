@@ -116,9 +116,12 @@ def evaluate(
     fits = 0
     if len(unseen) >= ENOUGH:
         vectors = encoder.encode_all(adapter for _, adapter in readable)
+        crowded = encoder.crowding(vectors)
     else:
         fits = folds or (5 if encoder.kind == "ridge" else 1)
-        readable, vectors = _left_out(readable, words, encoder_path(catalog.home, base), encoder, fits, progress)
+        readable, vectors, crowded = _left_out(
+            readable, words, encoder_path(catalog.home, base), encoder, fits, progress
+        )
     fill(catalog, words)
     _, owners, matrix = catalog.vectors(words.space)
     truth = dict(zip(owners, matrix, strict=True))
@@ -134,16 +137,16 @@ def evaluate(
         queries=len(texts),
         seen=None if seen is None else len(seen),
         fits=fits,
-        found=figures(queries @ vectors.T, fitting),
+        found=figures(queries @ vectors.T - crowded, fitting),
         chance=chance(fitting),
         ceiling=figures(queries @ np.stack([truth[one.entry.id] for one, _ in readable]).T, fitting),
         named=figures(vectors @ queries.T, fitting.T),
     )
 
 
-def figures(cosines: NDArray[Any], fitting: NDArray[np.bool_]) -> Figures:
-    """Recall and reciprocal rank of rankings by cosine (queries, pool), given what fits each query."""
-    order = np.argsort(-cosines, axis=1, kind="stable")
+def figures(scores: NDArray[Any], fitting: NDArray[np.bool_]) -> Figures:
+    """Recall and reciprocal rank of rankings by score (queries, pool), given what fits each query."""
+    order = np.argsort(-scores, axis=1, kind="stable")
     ranked = np.take_along_axis(fitting, order, axis=1)
     wanted = fitting.sum(axis=1)
     recall = {k: float((ranked[:, :k].sum(axis=1) / np.minimum(wanted, k)).mean()) for k in DEPTHS}
@@ -198,8 +201,9 @@ def _left_out(
     encoder: WeightEncoder,
     folds: int,
     progress: Callable[[Step], None] | None,
-) -> tuple[list[Pair], Vectors]:
-    """The adapters that were left out of fits like the encoder's, and their vectors by the fit that lacks them."""
+) -> tuple[list[Pair], Vectors, Vectors]:
+    """The adapters that were left out of fits like the encoder's; their vectors (n, dim) and crowding (n,) by the fit
+    that lacks them."""
     from .fitting import Settings
 
     if not 1 <= folds <= len(readable) // 2:
@@ -209,7 +213,7 @@ def _left_out(
     settings = Settings(**{name: value for name, value in told.items() if name in known})
     order = np.random.default_rng(settings.seed).permutation(len(readable))
     judged: list[Pair] = []
-    vectors = []
+    vectors, crowded = [], []
     for part in np.array_split(order, folds if folds > 1 else ALONE)[:folds]:
         left = set(part.tolist())
         rest = [pair for place_, pair in enumerate(readable) if place_ not in left]
@@ -217,9 +221,10 @@ def _left_out(
         fitted, checkpoint = _fitted(rest, words, place, encoder.kind, settings, options, progress)
         some = [readable[place_] for place_ in sorted(left)]
         vectors.append(fitted.encode_all(adapter for _, adapter in some))
+        crowded.append(fitted.crowding(vectors[-1]))
         judged += some
         checkpoint.unlink(missing_ok=True)
-    return judged, np.concatenate(vectors)
+    return judged, np.concatenate(vectors), np.concatenate(crowded)
 
 
 def _fitted(

@@ -12,10 +12,13 @@ from .vector_index import open_index as open_index
 if TYPE_CHECKING:
     from ..hub.catalog import Catalog
     from ..hub.entries import Entry
+    from .ann import Vectors
     from .encoders.text import TextEncoder
+    from .vector_index import Index
     from .weight_encoder import WeightEncoder
 
 MODES = ("hybrid", "text", "meaning", "weights")
+WIDER = 4  # times as many of the nearest weights are ranked by score as are wanted
 DEPTH = 200  # how far down each list fusion looks
 RRF_K = 60  # Cormack, Clarke and Buettcher, "Reciprocal rank fusion ...", SIGIR 2009: 60 is near the best everywhere
 LIFT = 2.0  # times chance that the weights' word must be right to count in a hybrid search
@@ -26,9 +29,9 @@ FLOOR = 0.25  # cosine below which a hit by meaning alone is noise; see `meaning
 class Hit:
     """A found adapter.
 
-    `score`: 0 to 1 in a hybrid search (1 = first in every list), the cosine in a search by meaning or by weights, the
-    full text's own in a search by words. `why`: what matched, for a reader. `confidence`: how often the weight encoder
-    was right at such a cosine, None where the weights were not asked.
+    `score`: 0 to 1 in a hybrid search (1 = first in every list), the cosine in a search by meaning, the encoder's score
+    in one by weights, the full text's own in one by words. `why`: what matched, for a reader. `confidence`: how often
+    the weight encoder was right at such a score, None where the weights were not asked.
     """
 
     entry: Entry
@@ -38,11 +41,11 @@ class Hit:
 
 
 class Weighed(NamedTuple):
-    """What the weights of an adapter say to a query: their vector's cosine, how often such a cosine was right, and
-    whether that is more than chance."""
+    """What the weights of an adapter say to a query: their score (`WeightEncoder.scores`), how often such a score was
+    right, and whether that is more than chance."""
 
     id: str
-    cosine: float
+    score: float
     confidence: float
     telling: bool = True
 
@@ -90,7 +93,7 @@ def search(
             scores = _with_weights(scores, weighed, _voiced(catalog, encoders))
             weighed = [one for one in weighed if one.telling]  # the rest had no vote, and is no reason
     else:
-        scores = {id_: score for id_, score, _ in words} | dict(near) | {one.id: one.cosine for one in weighed}
+        scores = {id_: score for id_, score, _ in words} | dict(near) | {one.id: one.score for one in weighed}
     return _hits(catalog, scores, words, near, weighed, limit)
 
 
@@ -129,9 +132,10 @@ def weight_matches(
     tags: Sequence[str] = (),
     encoder: TextEncoder | None = None,
 ) -> list[Weighed]:
-    """The adapters whose weights are nearest to the query, on that base with those tags, surest first.
+    """The adapters whose weights fit the query best, on that base with those tags, surest first.
 
-    Cosines of different encoders do not compare, confidences do. Raises RetrievalError for an encoder into the space of
+    Of the nearest by cosine WIDER times as many are ranked by score as are returned. Scores of different encoders do
+    not compare, confidences do. Raises RetrievalError for an encoder into the space of
     another text model.
     """
     from .encoders.text import text
@@ -145,11 +149,18 @@ def weight_matches(
                 f"the weight encoder for {one.base} is into the words of {one.texts!r}, not of {encoder.space!r}; "
                 "search with its text model, or fit it anew with this one"
             )
-        for id_, cosine in open_index(catalog, one.space).nearest(vector, limit, allowed):
-            confidence = one.confidence(cosine, of="queries")
-            found = Weighed(id_, cosine, confidence, confidence > LIFT * one.queries.chance)
+        for id_, score in _scored(open_index(catalog, one.space), one, vector, limit, allowed):
+            confidence = one.confidence(score, of="queries")
+            found = Weighed(id_, score, confidence, confidence > LIFT * one.queries.chance)
             best[id_] = max(found, best.get(id_, found), key=_certainty)
     return sorted(best.values(), key=lambda one: (*(-x for x in _certainty(one)), one.id))[:limit]
+
+
+def _scored(
+    index: Index, encoder: WeightEncoder, query: Vectors, limit: int, allowed: set[str] | None
+) -> Iterable[tuple[str, float]]:
+    near = [id_ for id_, _ in index.nearest(query, WIDER * limit, allowed)]
+    return zip(near, encoder.scores(query[None], index.vectors(near))[0].tolist(), strict=True) if near else ()
 
 
 def fuse(*rankings: Sequence[str]) -> dict[str, float]:
@@ -217,12 +228,12 @@ def _why(words: str | None, cosine: float | None, vote: Weighed | None) -> tuple
     if cosine is not None:
         reasons.append(f"meaning: cosine {cosine:.2f}")
     if vote is not None:
-        reasons.append(f"weights: cosine {vote.cosine:.2f}, right in {vote.confidence:.0%} of such cases")
+        reasons.append(f"weights: score {vote.score:.2f}, right in {vote.confidence:.0%} of such cases")
     return tuple(reasons)
 
 
 def _certainty(one: Weighed) -> tuple[float, float]:
-    return one.confidence, one.cosine
+    return one.confidence, one.score
 
 
 def _allowed(catalog: Catalog, base: str | None, tags: Sequence[str]) -> set[str] | None:

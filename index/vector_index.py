@@ -70,6 +70,12 @@ class Index:
         vector: NDArray[np.float32] = self.faiss.reconstruct(self.places[owner])
         return vector
 
+    def vectors(self, owners: Sequence[str]) -> NDArray[np.float32]:
+        """The unit vectors (n, dim) of adapters that have one here."""
+        places = [self.places[owner] for owner in owners]
+        found: NDArray[np.float32] = self.faiss.reconstruct_batch(np.array(places, np.int64))
+        return found
+
     def nearest(self, vector: ArrayLike, limit: int, allowed: Collection[str] | None = None) -> list[tuple[str, float]]:
         """(adapter id, cosine), nearest first, among the `allowed` adapters (None: all).
 

@@ -21,6 +21,7 @@ from ..hub.errors import BadOption, FormatError
 from ..hub.plugins import check_options
 from ..hub.tensorfile import Planned, TensorFile, layout, open_tensors, write_tensors
 from .calibration import Calibration
+from .crowding import crowding
 from .modules import Manifest
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ SHIPPED = Path(__file__).parent / "shipped"
 SUFFIX = ".safetensors"
 
 _ENTRY = "lorahub_weight_encoder"  # the one metadata entry
-_VERSION = 1
+_VERSION = 2
+_LANDMARKS = "landmarks"
 _UNMEASURED = Calibration()
 _TYPES: dict[str, Any] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 
@@ -50,8 +52,8 @@ class WeightEncoder:
 
     kind, options: which network, and how it was built. tensors: what it learned, float16 or float32. texts: the name of
     the text encoder's space. told: figures of the fit, plain data. calibration: cosine -> how often the nearest words
-    were right; neighbours: the same for the nearest adapter; queries: how often an adapter at such a cosine was what
-    words meant, nearest or not.
+    were right; neighbours: the same for the nearest adapter; queries: how often an adapter of such a score was what
+    words meant, nearest or not, by `scores`. landmarks: float16 (m, dim), where the words lie that it was fitted to.
     """
 
     kind: str
@@ -64,6 +66,7 @@ class WeightEncoder:
     calibration: Calibration = _UNMEASURED
     neighbours: Calibration = _UNMEASURED
     queries: Calibration = _UNMEASURED
+    landmarks: NDArray[np.float16] = field(default_factory=lambda: np.empty((0, 0), np.float16), repr=False)
 
     @property
     def base(self) -> str | None:
@@ -99,9 +102,17 @@ class WeightEncoder:
                 vectors.append(network(items).numpy().astype(np.float32, copy=False))
         return np.concatenate(vectors)
 
+    def crowding(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What cosines of words with adapters' unit vectors (n, dim) are lowered by (n,); see `crowding`."""
+        return crowding(vectors, self.landmarks)
+
+    def scores(self, queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """How well adapters (n, dim) fit words (q, dim), both unit vectors: (q, n), cosines less the crowding."""
+        return queries @ vectors.T - self.crowding(vectors)
+
     def confidence(self, cosine: float, *, of: str = "words") -> float:
         """How often the nearest words ("words") or the nearest adapter ("adapters") were right at such a cosine, or an
-        adapter was what words asked for ("queries").
+        adapter of such a score was what words asked for ("queries").
 
         Measured on adapters that the fit had not seen; 0.0 if there were none.
         """
@@ -115,8 +126,9 @@ class WeightEncoder:
         from ..hub.writing import replacing
 
         names = {np.dtype("<f2"): "F16", np.dtype("<f4"): "F32"}
-        plans = layout(Planned(name, names[array.dtype], array.shape) for name, array in self.tensors.items())
-        chunks = (np.ascontiguousarray(self.tensors[plan.key]).tobytes() for plan in plans)
+        held = {**self.tensors, _LANDMARKS: self.landmarks}
+        plans = layout(Planned(name, names[array.dtype], array.shape) for name, array in held.items())
+        chunks = (np.ascontiguousarray(held[plan.key]).tobytes() for plan in plans)
         said = {
             "version": _VERSION, "kind": self.kind, "manifest": self.manifest.as_json(), "dim": self.dim,
             "texts": self.texts, "options": dict(self.options), "told": dict(self.told),
@@ -167,12 +179,14 @@ def load_encoder(path: Path) -> WeightEncoder:
             raise FormatError(f"is of version {said['version']}, this lorahub reads {_VERSION}; fit the encoder anew")
         if said["kind"] not in KINDS:
             raise FormatError(f"is an encoder of the unknown kind {said['kind']!r}; expected {', '.join(KINDS)}")
+        held = {name: _array(file, name) for name in file.tensors}
         return WeightEncoder(
             kind=said["kind"],
             manifest=Manifest.from_json(said["manifest"]),
             dim=int(said["dim"]),
             texts=str(said["texts"]),
-            tensors={name: _array(file, name) for name in file.tensors},
+            landmarks=held.pop(_LANDMARKS),
+            tensors=held,
             options=dict(said["options"]),
             told=dict(said["told"]),
             calibration=Calibration.from_json(said["calibration"]),

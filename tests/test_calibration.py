@@ -65,9 +65,9 @@ def test_ridge_foretells_how_often_other_words_find_the_right_adapter() -> None:
     encoder = fit("ridge", examples, Worded(), options=SMALL["ridge"])
     queries = Worded().encode([f"{concept} {n}" for concept in range(CONCEPTS) for n in "xyz"])
     vectors = encoder.encode_all(planted(concept, seed) for concept in range(CONCEPTS) for seed in (51, 52, 53))
-    cosines = (queries @ vectors.T).ravel()
+    cosines, scores = (queries @ vectors.T).ravel(), encoder.scores(queries, vectors).ravel()
     right = np.kron(np.eye(CONCEPTS, dtype=bool), np.ones((3, 3), bool)).ravel()
-    told = np.array([encoder.confidence(float(cosine), of="queries") for cosine in cosines])
+    told = np.array([encoder.confidence(float(score), of="queries") for score in scores])
     assert told[right].mean() > 3 * told[~right].mean()
     assert told.mean() == pytest.approx(right.mean(), abs=0.06)
     # of words that it learned it is surer, and of other words that would be wrong

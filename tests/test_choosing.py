@@ -172,14 +172,14 @@ def test_what_says_nothing_is_asked_for_by_what_it_does(
         return {one.entry.name for one in found}
 
     kitten = {"lora-003", "lora-007"}
-    assert len(chosen("a kitten") & kitten) == 1
-    assert len(chosen("a kitten", "weights") & kitten) == 1
-    assert not chosen("a kitten", given=())
-    assert not chosen("a kitten", "meaning")
+    assert len(chosen("kitten photos") & kitten) == 1
+    assert len(chosen("kitten photos", "weights") & kitten) == 1
+    assert not chosen("kitten photos", given=())
+    assert not chosen("kitten photos", "meaning")
     assert chosen("a robot") == {"robot-5"}  # its words are asked before the weights of one that says nothing
     assert chosen("a bicycle wheel") == set()
-    found, _ = choose(shelves, "a kitten", anything, encoder=encoder, encoders=[weights])
-    assert "weights, cosine" in found[0].why[0]
+    found, _ = choose(shelves, "kitten photos", anything, encoder=encoder, encoders=[weights])
+    assert "weights, score" in found[0].why[0]
     assert found[0].score >= SURE
 
 
@@ -188,8 +188,8 @@ def test_weights_choose_nothing_that_is_refused(shelves: Catalog, encoder: TextE
         return "broken" if entry.name == first else None
 
     first = ""
-    [one], _ = choose(shelves, "a kitten", refusal, mode="weights", encoder=encoder, encoders=[weights])
+    [one], _ = choose(shelves, "kitten photos", refusal, mode="weights", encoder=encoder, encoders=[weights])
     first = one.entry.name
-    [other], spared = choose(shelves, "a kitten", refusal, mode="weights", encoder=encoder, encoders=[weights])
+    [other], spared = choose(shelves, "kitten photos", refusal, mode="weights", encoder=encoder, encoders=[weights])
     assert other.entry.name != first
     assert (first, "broken") in {(one.entry.name, one.reason) for one in spared}

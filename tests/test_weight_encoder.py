@@ -86,6 +86,8 @@ def test_what_is_saved_is_what_is_used(encoder: WeightEncoder, tmp_path: Path) -
     assert np.array_equal(loaded.encode(some(20)), encoder.encode(some(20)))
     for name in ("kind", "base", "manifest", "dim", "texts", "options", "calibration", "neighbours", "queries"):
         assert getattr(loaded, name) == getattr(encoder, name), name
+    assert np.array_equal(loaded.landmarks, encoder.landmarks)
+    assert len(loaded.landmarks)
     assert json.loads(json.dumps(dict(encoder.told))) == loaded.told
     assert {array.dtype for array in load_file(path).values()} == {np.dtype("float16")}
     first = path.read_bytes()

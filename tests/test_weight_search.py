@@ -65,11 +65,11 @@ def test_what_says_nothing_is_found_by_what_it_does(encoded: Catalog, encoder: W
         assert f"lora-{concept:03d}" not in found(encoded, words, [], limit=3)
 
 
-def test_every_hit_says_how_often_its_cosine_was_right(encoded: Catalog, encoder: WeightEncoder) -> None:
+def test_every_hit_says_how_often_its_score_was_right(encoded: Catalog, encoder: WeightEncoder) -> None:
     hits = search.search(encoded, "robot", mode="weights", encoders=[encoder], encoder=text())
     for hit in hits:
         assert hit.confidence == encoder.confidence(hit.score, of="queries")
-        assert hit.why == (f"weights: cosine {hit.score:.2f}, right in {hit.confidence:.0%} of such cases",)
+        assert hit.why == (f"weights: score {hit.score:.2f}, right in {hit.confidence:.0%} of such cases",)
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     assert all(hit.confidence is None for hit in search.search(encoded, "robot", encoder=text()))
 
@@ -83,9 +83,10 @@ def test_filters_come_before_ranking(library: Catalog, encoder: WeightEncoder) -
         assert found(library, "robot android", [encoder], mode, base="elsewhere") == []
     everything = weight_matches(library, "robot android", 12, [encoder], encoder=text())
     odd = {library.entry("lora-001").id, library.entry("kitten-7").id}
-    assert weight_matches(library, "robot android", 12, [encoder], tags=["odd"], encoder=text()) == [
-        one for one in everything if one.id in odd
-    ]
+    some = weight_matches(library, "robot android", 12, [encoder], tags=["odd"], encoder=text())
+    wanted = [one for one in everything if one.id in odd]
+    assert [one.id for one in some] == [one.id for one in wanted]
+    assert [one.score for one in some] == pytest.approx([one.score for one in wanted], abs=1e-6)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ class Told:
     @property
     def queries(self) -> Calibration:
         return Calibration(chance=0.025)
+
+    def scores(self, queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        return queries @ vectors.T
 
     def confidence(self, cosine: float, *, of: str = "words") -> float:
         return self.trust * max(0.0, cosine)
