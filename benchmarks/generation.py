@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 if TYPE_CHECKING:
     from generation_world import Plan, Setting, Sources
 
-VERSION = 3  # of the rows: what an older one measured is not taken
+VERSION = 3  # of the packs: what an older one measured is not taken
 SEEDS = {"digits": 3, "sentences": 1, "pictures": 1}
 
 
@@ -89,7 +89,7 @@ def measured(setting: Setting, plan: Plan, room: Path, sources: Sources) -> dict
     cell = Cell(setting, plan, Room(room), sources)
     desk, found = Desk(cell), {}
     for row in rows(cell):
-        recipe = cell.recipe(row=row.name, plan=asdict(plan), version=VERSION)
+        recipe = cell.recipe(row=row.name, plan=asdict(plan), version=row.version)
         found[row.name] = cell.room.figures("row", recipe, partial(measure, desk, row))
     return {**asdict(setting), "held": [one.task.name for one in cell.held], "rows": found}
 

@@ -69,7 +69,7 @@ class Plan:
     icm_stages: int = 8  # of twelve: small vectors cannot be halved more often
     icm_channels: int = 8
     regression: int = 600
-    hyper: int = 500
+    hyper: int = 1000
     hyper_samples: int = 16
     only: tuple[str, ...] = ()
 

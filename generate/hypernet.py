@@ -16,12 +16,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..hub.errors import BadOption, GenerationError, IncompatibleAdapters
 from ..index.transfer import Reader
+from .cores import Bases
 from .experts import generator
-from .layout import Layout, principal
+from .layout import Layout
 from .stacked import Group, Table
 
 Batch = TypeVar("Batch")
@@ -110,33 +110,40 @@ def _layer(model: nn.Module, name: str, prefix: str) -> nn.Linear:
 
 
 class Sizes(NamedTuple):
-    """Of a hypernetwork: numbers of a token, the reader's heads and channels, its values, the hidden layer, directions
-    that it moves in, numbers of a vector."""
+    """Of a hypernetwork: numbers of a token, the reader's heads and channels, its values, the hidden layer, and the
+    rank of what is made, which is less in a module whose sides are."""
 
     width: int
     heads: int
     channels: int
     code: int
     hidden: int
-    directions: int
-    size: int
+    rank: int
 
 
 class HyperNetwork(nn.Module):
-    """Descriptions (n, places, width) -> vectors (n, size): start + coefficients(description) @ directions.
+    """Descriptions (n, places, width) -> vectors (n, size) of a layout: in each module down = inputs, the same for all,
+    and up = outputs @ (start + coefficients(description)), with one core of coefficients for each module.
 
-    The coefficients are a linear and a two-layer map of what the reader says; both begin at zero, so it begins at
-    `start` whatever is asked.
+    So the delta is linear in the coefficients, where factors that are added make products of all with all. The
+    coefficients are a linear and a two-layer map of what the reader says; both begin at zero, so it begins at `start`
+    whatever is asked. Numbers are kept in units of their usual size, to learn at one rate: `inputs` and `outputs` of
+    orthonormal rows and columns, cores of `spread`.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, layout: Layout) -> None:
         super().__init__()
+        self.layout = layout
+        self.counts = [place.rank**2 for place in layout.places]
         self.reader = Reader(sizes.width, sizes.code, heads=sizes.heads, channels=sizes.channels)
-        self.straight = nn.Linear(sizes.code, sizes.directions)
+        self.straight = nn.Linear(sizes.code, sum(self.counts))
         self.bent = nn.Sequential(nn.Linear(sizes.code, sizes.hidden), nn.SiLU())
-        self.out = nn.Linear(sizes.hidden, sizes.directions)
-        self.start = nn.Parameter(torch.zeros(sizes.size))
-        self.directions = nn.Parameter(torch.zeros(sizes.directions, sizes.size))
+        self.out = nn.Linear(sizes.hidden, sum(self.counts))
+        self.start = nn.Parameter(torch.zeros(sum(self.counts)))
+        self.inputs = nn.Parameter(torch.zeros(sum(place.rank * place.inputs for place in layout.places)))
+        self.outputs = nn.Parameter(torch.zeros(sum(place.outputs * place.rank for place in layout.places)))
+        self.register_buffer("spread", torch.ones(sum(self.counts)))
+        self.spread: Tensor
         for part in (self.straight, self.out):
             nn.init.zeros_(part.weight)
             nn.init.zeros_(part.bias)
@@ -146,27 +153,49 @@ class HyperNetwork(nn.Module):
         said: Tensor = self.reader(states, noise=noise, dropped=dropped)
         return said
 
-    def made(self, codes: Tensor) -> Tensor:
-        """Vectors (n, size) from what the reader says."""
-        coefficients = self.straight(codes) + self.out(self.bent(codes))
-        made: Tensor = self.start + coefficients @ self.directions
-        return made
+    def coefficients(self, codes: Tensor) -> Tensor:
+        """How far the cores are from the start (n, numbers of all cores), in units of `spread`."""
+        moved: Tensor = self.straight(codes) + self.out(self.bent(codes))
+        return moved
+
+    def made(self, coefficients: Tensor) -> Tensor:
+        """Vectors (n, size)."""
+        cores = ((self.start + coefficients) * self.spread).split(self.counts, dim=1)
+        parts, left, right = [], 0, 0
+        for place, core in zip(self.layout.places, cores, strict=True):
+            across, along = place.rank * place.inputs, place.outputs * place.rank
+            down = self.inputs[left : left + across] / math.sqrt(place.inputs)
+            outputs = self.outputs[right : right + along].view(place.outputs, place.rank) / math.sqrt(place.outputs)
+            up = outputs @ core.view(-1, place.rank, place.rank)
+            parts += [down.expand(len(core), -1), up.flatten(1)]
+            left, right = left + across, right + along
+        return torch.cat(parts, dim=1)
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.made(self.codes(states))
+        return self.made(self.coefficients(self.codes(states)))
 
 
-def opening(network: HyperNetwork, start: Tensor, weights: Tensor, known: int, chance: torch.Generator) -> None:
-    """Where the network begins: at `start` (size,), with the `known` directions in which the experts' vectors (n, size)
-    vary most from it, as long as they vary, and the rest at random and of the same length."""
-    apart = weights - start
-    axes = principal(apart, known).axes
-    lengths = (apart @ axes.T).square().mean(dim=0).sqrt()
-    free = len(network.directions) - len(axes)
-    others = functional.normalize(torch.randn(free, len(start), generator=chance), dim=1)
+def opening(
+    network: HyperNetwork, experts: Layout, weights: Tensor, start: Tensor | None, chance: torch.Generator
+) -> None:
+    """Where the network begins: in the bases that keep most of the experts' deltas (n, size, in their layout), at
+    `start` (size,) there, by default the mean of the deltas, with steps as large as the experts' cores vary."""
+    known = weights if start is None else torch.cat([weights, start[None]])
+    parts: list[list[Tensor]] = [[], [], [], []]
+    for place, wide in zip(experts.places, network.layout.places, strict=True):
+        bases = Bases.of(place, known, wide.rank, chance)
+        cores = bases.cores(place, weights)
+        begin = cores.mean(dim=0) if start is None else bases.cores(place, start[None])[0]
+        spread = (cores - cores.mean(dim=0)).square().mean().sqrt()
+        spread = spread.clamp_min(0.01 * float(cores.square().mean().sqrt())).clamp_min(1e-6)  # of experts that agree
+        made = (bases.inputs * math.sqrt(place.inputs), bases.outputs * math.sqrt(place.outputs), begin / spread,
+                spread.expand(wide.rank**2))  # fmt: skip
+        for some, part in zip(parts, made, strict=True):
+            some.append(part.flatten().float())
     with torch.no_grad():
-        network.start.copy_(start)
-        network.directions.copy_(torch.cat([axes * lengths[:, None], others * lengths.mean()]))
+        slots = (network.inputs, network.outputs, network.start, network.spread)
+        for slot, some in zip(slots, parts, strict=True):
+            slot.copy_(torch.cat(some))
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -176,8 +205,7 @@ class Drill(NamedTuple):
     """How a hypernetwork is trained.
 
     tasks: in a step, each with one of its descriptions; noise and dropped: of the reader's input; rate: AdamW's, and
-    `moving` for the start and the directions; shrink: weight of the mean square of a vector's distance from the start,
-    in units of the experts'.
+    `moving` for the start and the bases; shrink: weight of the coefficients' mean square.
     """
 
     steps: int
@@ -207,25 +235,25 @@ def trained(
     lacking = [name for name in names if name not in practice.draws]
     if lacking:
         raise GenerationError(f"there is nothing to practise {lacking[0]} on; give batches for every expert")
-    moved = [network.start, network.directions]
+    moved = [network.start, network.inputs, network.outputs]
     others = [part for part in network.parameters() if all(part is not one for one in moved)]
     groups = [{"params": others, "lr": drill.rate}, {"params": moved, "lr": drill.moving, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, drill.steps))
-    far, losses = float(network.directions.detach().square().sum(dim=1).mean()), []
+    losses = []
     network.train()
     for step in range(drill.steps):
         with _chance(drill.seed, step):
             chosen = torch.randperm(len(names))[: drill.tasks].tolist()
             asked = torch.stack([states[row][int(torch.randint(len(states[row]), ()))] for row in chosen])
             codes = network.codes(network.reader.among_strange(asked), noise=drill.noise, dropped=drill.dropped)
-        vectors = network.made(codes)
+        coefficients = network.coefficients(codes)
+        vectors = network.made(coefficients)
         some = [names[row] for row in chosen]
         batches = [practice.draws[name](step, generator(drill.seed, f"{name} {step}")) for name in some]
         found, gradient = trial.gradient(vectors, practice.loss, batches, some, step)
-        distance = (vectors - network.start).square().sum(dim=1).mean() / max(far, 1e-12)
         optimizer.zero_grad()
-        surrogate = (vectors * gradient).sum() / len(chosen) + drill.shrink * distance
+        surrogate = (vectors * gradient).sum() / len(chosen) + drill.shrink * coefficients.square().mean()
         surrogate.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -145,19 +145,32 @@ class Layout:
             modules[place.name] = LowRank(down, up, 1.0, place.kernel, place.embedding)
         return Adapter(modules, self.base, meta={"name": name})
 
-    def inner(self, some: Tensor, others: Tensor) -> Tensor:
-        """Inner products of deltas: float64 (n, m) of vectors (n, size) and (m, size)."""
+    def widened(self, rank: int) -> Layout:
+        """The same modules with this rank, or with the smaller of their sides where that is less."""
+        shapes = {
+            name: replace(shape, rank=min(rank, shape.inputs, shape.outputs)) for name, shape in self._shapes.items()
+        }
+        return Layout(self.base, _placed(shapes))
+
+    def inner(self, some: Tensor, others: Tensor, theirs: Layout | None = None) -> Tensor:
+        """Inner products of deltas: float64 (n, m) of vectors (n, size) and (m, size).
+
+        theirs: the layout of the others, of the same modules and any ranks, None for this one.
+        """
         total = torch.zeros(len(some), len(others), dtype=torch.float64)
-        for place in self.places:
-            (down, up), (far_down, far_up) = place.factors(some.double()), place.factors(others.double())
+        for place, other in zip(self.places, (theirs or self).places, strict=True):
+            (down, up), (far_down, far_up) = place.factors(some.double()), other.factors(others.double())
             left = torch.einsum("nor,mos->nmrs", up, far_up)
             total += (left * torch.einsum("nri,msi->nmrs", down, far_down)).sum(dim=(2, 3))
         return total
 
-    def cosines(self, vector: Tensor, others: Tensor) -> Tensor:
-        """Cosines of one vector's deltas (size,) with others' (m, size): float64 (m,), 0 where a side is zero."""
-        product = (self.squares(vector[None]) * self.squares(others)).sqrt()
-        return torch.where(product > 0, self.inner(vector[None], others)[0] / product.clamp_min(1e-300), 0.0)
+    def cosines(self, vector: Tensor, others: Tensor, theirs: Layout | None = None) -> Tensor:
+        """Cosines of one vector's deltas (size,) with others' (m, size): float64 (m,), 0 where a side is zero.
+
+        theirs: as in `inner`.
+        """
+        product = (self.squares(vector[None]) * (theirs or self).squares(others)).sqrt()
+        return torch.where(product > 0, self.inner(vector[None], others, theirs)[0] / product.clamp_min(1e-300), 0.0)
 
     def squares(self, vectors: Tensor) -> Tensor:
         """Squared Frobenius norms of deltas: float64 (n,) of vectors (n, size)."""

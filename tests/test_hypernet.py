@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lorahub.generate.cores import Bases
 from lorahub.generate.hypernet import HyperNetwork, Practice, Sizes, Trial, opening
 from lorahub.generate.layout import Layout
 from lorahub.generate.learned.hyper import Hyper, hyper
@@ -115,23 +116,70 @@ def test_adapters_of_another_base_and_a_model_in_training_are_refused() -> None:
 # --- where it begins ----------------------------------------------------------------------------------------------
 
 
-def test_it_begins_at_the_start_whatever_is_asked() -> None:
-    network, start = HyperNetwork(Sizes(WIDTH, 2, 4, 3, 5, 6, 8)), torch.randn(8)
-    opening(network, start, start + torch.randn(4, 8), 4, torch.Generator())
-    assert torch.equal(network(torch.randn(7, 3, WIDTH)), start.expand(7, 8))
+def opened(experts: Layout, weights: Tensor, rank: int, start: Tensor | None = None) -> HyperNetwork:
+    network = HyperNetwork(Sizes(WIDTH, 2, 4, 3, 5, rank), experts.widened(rank))
+    opening(network, experts, weights, start, torch.Generator().manual_seed(0))
+    return network
 
 
-def test_it_can_reach_every_expert_at_once() -> None:
-    """The known directions span the experts' differences from the start, and are as long as these vary."""
-    network, start = HyperNetwork(Sizes(WIDTH, 2, 4, 3, 5, 6, 20)), torch.randn(20)
-    experts = start + torch.randn(4, 20)
-    opening(network, start, experts, 4, torch.Generator())
-    known = network.directions[:4].detach()
-    reached = torch.linalg.lstsq(known.T, (experts - start).T).solution
-    assert torch.allclose(known.T @ reached, (experts - start).T, atol=1e-4)
-    assert torch.allclose(reached.square().mean(dim=1), torch.ones(4), atol=1e-4)
-    lengths = network.directions.detach().norm(dim=1)
-    assert torch.allclose(lengths[4:], lengths[:4].mean().expand(2), atol=1e-5)
+def deltas(layout: Layout, vectors: Tensor) -> list[Tensor]:
+    """By module (n, outputs, inputs)."""
+    return [up @ down for down, up in (place.factors(vectors) for place in layout.places)]
+
+
+def several(count: int = 4) -> tuple[Layout, Tensor]:
+    adapters = [mixed_ranks(seed) for seed in range(count)]
+    layout = Layout.of(adapters)
+    return layout, torch.stack([layout.flatten(one) for one in adapters])
+
+
+def test_it_begins_at_the_mean_of_the_deltas_whatever_is_asked() -> None:
+    experts, weights = several(2)
+    network = opened(experts, weights, 5)
+    made = network(torch.randn(7, 3, WIDTH))
+    for found, wanted in zip(deltas(network.layout, made), deltas(experts, weights), strict=True):
+        assert torch.allclose(found, wanted.mean(dim=0).expand_as(found), atol=1e-5)
+
+
+def test_it_begins_at_the_given_start_exactly() -> None:
+    experts, weights = several(1)
+    start = experts.flatten(mixed_ranks(9))
+    network = opened(experts, weights, 5, start)
+    for found, wanted in zip(
+        deltas(network.layout, network(torch.randn(2, 3, WIDTH))), deltas(experts, start[None]), strict=True
+    ):
+        assert torch.allclose(found, wanted.expand_as(found), atol=1e-5)
+
+
+def test_it_can_reach_every_expert() -> None:
+    """Where the rank spans the library, some coefficients make an expert's delta; as a mean square they are 1."""
+    experts, weights = several(2)
+    network = opened(experts, weights, 5)
+    moved = []
+    for place, wide, count in zip(experts.places, network.layout.places, network.counts, strict=True):
+        bases = Bases.of(place, weights, wide.rank, torch.Generator().manual_seed(0))
+        moved.append(bases.cores(place, weights).flatten(1).float())
+        assert moved[-1].shape == (2, count)
+    coefficients = torch.cat(moved, dim=1) / network.spread - network.start
+    for found, wanted in zip(deltas(network.layout, network.made(coefficients)), deltas(experts, weights), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-4)
+    for part in coefficients.split(network.counts, dim=1):
+        assert part.square().mean().item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_where_it_begins_does_not_hang_on_how_deltas_are_split() -> None:
+    experts, weights = several()
+    other = weights.clone()
+    for place in experts.places:
+        down, up = place.factors(weights)
+        change = torch.randn(len(weights), place.rank, place.rank) + 2 * torch.eye(place.rank)
+        other[:, place.down] = (torch.linalg.inv(change) @ down).flatten(1)
+        other[:, place.up] = (up @ change).flatten(1)
+    one, two = opened(experts, weights, 3), opened(experts, other, 3)
+    asked = torch.zeros(1, sum(one.counts))
+    for found, wanted in zip(deltas(two.layout, two.made(asked)), deltas(one.layout, one.made(asked)), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-4)
+    assert torch.allclose(two.spread, one.spread, atol=1e-4)
 
 
 # --- a world of two factors ---------------------------------------------------------------------------------------
@@ -198,7 +246,7 @@ def practice() -> Practice[Batch]:
 
 
 def fitted(lessons: Practice[Batch] | None = None, **given: Any) -> Hyper:
-    small: dict[str, Any] = {"code": 8, "hidden": 16, "known": 4, "free": 8, "heads": 4, "channels": 8}
+    small: dict[str, Any] = {"code": 8, "hidden": 16, "rank": 6, "heads": 4, "channels": 8}
     return hyper(school(), lessons or practice(), **{**small, "steps": 3, "tasks": 4, **given})
 
 
@@ -208,7 +256,7 @@ def loss(made: Hyper, task: tuple[str, str], words: tuple[str, str]) -> float:
 
 
 def test_it_learns_combinations_that_it_never_saw_from_the_loss_alone() -> None:
-    made = fitted(steps=300, tasks=13, rate=1e-2, moving=1e-2)
+    made = fitted(steps=300, tasks=13, rate=1e-2)
     held = sorted(HELD)
     right = sum(loss(made, task, task) for task in held)
     wrong = sum(loss(made, task, other) for task, other in zip(held, held[1:] + held[:1], strict=True))
