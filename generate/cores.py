@@ -40,14 +40,14 @@ class Bases(NamedTuple):
 def _unfolded(left: Tensor, right: Tensor) -> Tensor:
     """A matrix (a, n * rank) with the left singular values and vectors of all left_i @ right_i^T (n, a, b) side by
     side: right is orthogonal columns times a triangle, and columns that are orthogonal change neither."""
-    triangles = torch.linalg.qr(right).R
+    triangles: Tensor = torch.linalg.qr(right).R
     return (left @ triangles.mT).transpose(0, 1).flatten(1)
 
 
 def _leading(matrix: Tensor, rank: int, chance: torch.Generator) -> Tensor:
     """The first `rank` left singular vectors (rows, rank), and random ones at right angles where there are fewer."""
     left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    kept = left[:, :rank][:, values[:rank] > 1e-9 * values[0].clamp_min(1e-30)]
+    kept: Tensor = left[:, :rank][:, values[:rank] > 1e-9 * values[0].clamp_min(1e-30)]
     if kept.shape[1] == rank:
         return kept
     more = torch.randn(len(matrix), rank - kept.shape[1], generator=chance, dtype=matrix.dtype)

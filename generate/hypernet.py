@@ -160,7 +160,7 @@ class HyperNetwork(nn.Module):
 
     def made(self, coefficients: Tensor) -> Tensor:
         """Vectors (n, size)."""
-        cores = ((self.start + coefficients) * self.spread).split(self.counts, dim=1)
+        cores = torch.split((self.start + coefficients) * self.spread, self.counts, dim=1)
         parts, left, right = [], 0, 0
         for place, core in zip(self.layout.places, cores, strict=True):
             across, along = place.rank * place.inputs, place.outputs * place.rank

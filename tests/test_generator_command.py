@@ -105,7 +105,7 @@ def test_an_evaluation_leaves_tasks_out_and_decides(home: Path) -> None:
 
 def test_hyper_learns_on_the_tasks_and_icm_on_the_weights(home: Path) -> None:
     tasks = home / "shelf/tasks.json"
-    drill = ("steps=1", "tasks=2", "known=2", "free=1", "hidden=4", "code=4", "heads=2", "channels=2")
+    drill = ("steps=1", "tasks=2", "rank=3", "hidden=4", "code=4", "heads=2", "channels=2")
     options = [part for one in drill for part in ("-o", one)]
     made = ran("generator", "fit", "--kind", "hyper", "--tasks", tasks, "--out", home / "hyper.safetensors", *options)
     assert made["space"] == "text:tokens-3x384"
@@ -166,7 +166,7 @@ def test_any_base_is_measured_and_judged_by_a_command_and_learned_by_practice(
     ran("add", tmp_path / "shelf")
     command = f"sh {tmp_path / 'score.sh'} {{adapter}} {{task}}"
     assert ran("generator", "measure", "--score", command)["measured"] == len(CHOSEN) ** 2
-    few = [part for one in ("steps=1", "tasks=2", "known=2", "free=1", "hidden=4", "code=4") for part in ("-o", one)]
+    few = [part for one in ("steps=1", "tasks=2", "rank=3", "hidden=4", "code=4") for part in ("-o", one)]
     made = ran("generator", "fit", "--kind", "hyper", "--practice", "mine:practice", *few)
     assert made["experts"] == len(CHOSEN)
     assert load(generator_path(tmp_path / "home", "tiny", "hyper")).origin.fingerprint
