@@ -48,8 +48,8 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A row. once: only with the first seed of a split. peeks: at held-out samples. version: of its method; what an
-    older one measured is not taken."""
+    """A row. once: only with the first seed of the first split. peeks: at held-out samples. version: of its method; what
+    an older one measured is not taken."""
 
     name: str
     make: Callable[[Desk], Made]
@@ -336,7 +336,8 @@ STRANGE_ROWS = (
 def rows(cell: Cell) -> list[Row]:
     """The rows of a cell."""
     some = ROWS + (STRANGE_ROWS if all(one.strange for one in cell.held) else ())
-    return [row for row in some if cell.setting.seed == 0 or not row.once]
+    first = (cell.setting.split, cell.setting.seed) == (0, 0)
+    return [row for row in some if first or not row.once]
 
 
 def measure(desk: Desk, row: Row) -> dict[str, Any]:
