@@ -48,8 +48,8 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A row. once: only with the first seed of the first split. peeks: at held-out samples. version: of its method; what
-    an older one measured is not taken."""
+    """A row. once: only with the first seed of the first split. peeks: at held-out samples. version: of its method;
+    what an older one measured is not taken."""
 
     name: str
     make: Callable[[Desk], Made]
