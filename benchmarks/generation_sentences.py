@@ -44,7 +44,7 @@ HELD = {"request": 3, "desk": 1, "opinions": 1}  # domains of a kind that a spli
 
 PLAN = Plan(
     Training((80, 10), (200, 64)), descriptions=6, probes=30, tests=100, choice=40, queries=3, semantic=600, icm=150,
-    icm_stages=12, icm_channels=4, regression=400, hyper=250, hyper_samples=8,
+    icm_stages=12, icm_channels=4, regression=400, hyper=400, hyper_samples=8,
 )  # fmt: skip
 BRIEF = Plan(
     Training((3, 4), (3, 16), checkpoints=2, every=1), descriptions=3, probes=6, tests=12, choice=6, queries=1,

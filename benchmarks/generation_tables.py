@@ -9,7 +9,7 @@ from typing import Any
 from generation_rows import BASE, BEST, ORACLE
 
 GAIN = 0.05  # of the score: tasks where the oracle gains less have no share of their own
-BARS = {"A": 0.5, "B": 0.4}
+BARS = {"A": 0.5, "B": 0.4, "sentences": 0.5}
 WRONG = "hypernetwork, wrong description"
 RIVALS = ("nearest expert", "blend of factors", "blend of deltas", "SG-LoRA", "ICM-LoRA, text")
 
