@@ -26,6 +26,7 @@ from generation_methods import (
     threshold,
     tuned,
 )
+from generation_world import Setting
 from lorahub.generate.hypernet import Trial
 from lorahub.generate.layout import Layout
 from lorahub.generate.learned.hyper import Hyper, hyper
@@ -33,6 +34,7 @@ from lorahub.generate.learned.icm import Icm, icm
 from lorahub.generate.learned.semantic import Mode, Semantic, semantic
 from lorahub.generate.priors import NEIGHBOURS, Prototypes
 from lorahub.generate.taught import School
+from lorahub.hub.adapter import Adapter
 from torch import Tensor
 
 HIDDEN = 256  # of SG-LoRA's networks
@@ -48,12 +50,13 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A row. once: only with the first seed of the first split. peeks: at held-out samples. version: of its method;
-    what an older one measured is not taken."""
+    """A row. once: in the digits world only in the first cell of a base, whose experts began at one point. ablation:
+    there alone. peeks: at held-out samples. version: of its method; what an older one measured is not taken."""
 
     name: str
     make: Callable[[Desk], Made]
     once: bool = False
+    ablation: bool = False
     peeks: bool = False
     version: int = 3
 
@@ -259,10 +262,19 @@ def _sampled(desk: Desk, fitted: Any, queries: Sequence[Vectors], layout: Layout
     rows, novelties = [], []
     for some in queries:
         made = [fitted.sample(query, seed=number) for number, query in enumerate(some)]
-        rows.append(torch.stack([(layout or desk.cell.layout).flatten(one.adapter) for one in made]))
+        rows.append(torch.stack([_flat(one.adapter, layout or desk.cell.layout) for one in made]))
         novelties += [one.novelty for one in made]
     told = {"novelty": sum(novelties) / len(novelties), **fitted.origin.told, **told}
     return Made(torch.stack(rows), desk.cell.trying(layout) if layout else None, told)
+
+
+def _flat(adapter: Adapter, layout: Layout) -> Tensor:
+    """The vector of the adapter, or of the nearest one of the layout's ranks."""
+    ranks = {place.name: place.rank for place in layout.places}
+    short = {
+        name: part if part.rank <= ranks[name] else part.truncate(ranks[name]) for name, part in adapter.modules.items()
+    }
+    return layout.flatten(replace(adapter, modules=short))
 
 
 def _icm(desk: Desk) -> Made:
@@ -280,15 +292,17 @@ def _perceptron(desk: Desk) -> Made:
 
 
 def _hyper(
-    words: Words = "tokens", *, wrong: bool = False, strange: bool = False, **given: bool
+    words: Words = "tokens", *, wrong: bool = False, strange: bool = False, cut: bool = False, **given: bool
 ) -> Callable[[Desk], Made]:
+    """cut: to the experts' rank, as near as that gets to the delta."""
+
     def make(desk: Desk) -> Made:
         queries = desk.cell.asked(words, strange=strange)
         if wrong:  # every task's descriptions go to the one half the list away
             middle = len(queries) // 2
             queries = queries[middle:] + queries[:middle]
         fitted = desk.hyper(words, **given)
-        return _sampled(desk, fitted, queries, fitted.wide)
+        return _sampled(desk, fitted, queries, replace(fitted.layout, gauge="none") if cut else fitted.wide)
 
     return make
 
@@ -321,9 +335,10 @@ ROWS = (
     Row("perceptron to weights", _perceptron),
     Row(BEST, _hyper(), version=4),
     Row("hypernetwork, wrong description", _hyper(wrong=True), version=4),
-    Row("hypernetwork, sentence vectors", _hyper("sentences"), once=True, version=4),
-    Row("hypernetwork, its reader not fitted to transfer", _hyper(fitted_reader=False), once=True, version=4),
-    Row("hypernetwork, from the multi-task adapter", _hyper(from_everything=True), once=True, version=4),
+    Row("hypernetwork, cut to the experts' rank", _hyper(cut=True), once=True, version=4),
+    Row("hypernetwork, sentence vectors", _hyper("sentences"), ablation=True, version=4),
+    Row("hypernetwork, its reader not fitted to transfer", _hyper(fitted_reader=False), ablation=True, version=4),
+    Row("hypernetwork, from the multi-task adapter", _hyper(from_everything=True), ablation=True, version=4),
     Row("best expert in hindsight", _hindsight, peeks=True),
     Row(ORACLE, _oracle, peeks=True),
 )
@@ -336,8 +351,8 @@ STRANGE_ROWS = (
 def rows(cell: Cell) -> list[Row]:
     """The rows of a cell."""
     some = ROWS + (STRANGE_ROWS if all(one.strange for one in cell.held) else ())
-    first = (cell.setting.split, cell.setting.seed) == (0, 0)
-    return [row for row in some if first or not row.once]
+    digits, first = cell.setting.world == "digits", cell.setting == Setting(cell.setting.base, "shared", 0, 0)
+    return [row for row in some if (first or not digits or not row.once) and ((first and digits) or not row.ablation)]
 
 
 def measure(desk: Desk, row: Row) -> dict[str, Any]:
