@@ -51,6 +51,4 @@ def _leading(matrix: Tensor, rank: int, chance: torch.Generator) -> Tensor:
     if kept.shape[1] == rank:
         return kept
     more = torch.randn(len(matrix), rank - kept.shape[1], generator=chance, dtype=matrix.dtype)
-    found: Tensor = torch.linalg.qr(torch.cat([kept, more], dim=1)).Q
-    signs = torch.where((found[:, : kept.shape[1]] * kept).sum(dim=0) < 0, -1.0, 1.0)
-    return torch.cat([found[:, : kept.shape[1]] * signs, found[:, kept.shape[1] :]], dim=1)
+    return torch.cat([kept, torch.linalg.qr(more - kept @ (kept.mT @ more)).Q], dim=1)

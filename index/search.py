@@ -135,8 +135,7 @@ def weight_matches(
     """The adapters whose weights fit the query best, on that base with those tags, surest first.
 
     Of the nearest by cosine WIDER times as many are ranked by score as are returned. Scores of different encoders do
-    not compare, confidences do. Raises RetrievalError for an encoder into the space of
-    another text model.
+    not compare, confidences do. Raises RetrievalError for an encoder into the space of another text model.
     """
     from .encoders.text import text
 

@@ -180,13 +180,16 @@ def load_encoder(path: Path) -> WeightEncoder:
         if said["kind"] not in KINDS:
             raise FormatError(f"is an encoder of the unknown kind {said['kind']!r}; expected {', '.join(KINDS)}")
         held = {name: _array(file, name) for name in file.tensors}
+        places, dim = held.pop(_LANDMARKS), int(said["dim"])
+        if places.size and places.shape[1:] != (dim,):
+            raise FormatError(f"its landmarks have shape {places.shape}; expected rows of {dim}: fit the encoder anew")
         return WeightEncoder(
             kind=said["kind"],
             manifest=Manifest.from_json(said["manifest"]),
-            dim=int(said["dim"]),
+            dim=dim,
             texts=str(said["texts"]),
-            landmarks=held.pop(_LANDMARKS),
             tensors=held,
+            landmarks=places,
             options=dict(said["options"]),
             told=dict(said["told"]),
             calibration=Calibration.from_json(said["calibration"]),

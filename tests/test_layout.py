@@ -159,6 +159,20 @@ def test_a_vectors_adapter_shares_nothing_with_it() -> None:
     assert not any(module.up.any() or module.down.any() for module in made.modules.values())
 
 
+@pytest.mark.parametrize("rank", [1, 5])
+def test_products_with_adapters_of_another_rank(rank: int) -> None:
+    some = [expert(f"e{seed}", seed) for seed in range(3)]
+    layout = Layout.of(some)
+    other = layout.widened(rank)
+    assert {place.rank for place in other.places} == {min(rank, place.inputs, place.outputs) for place in layout.places}
+    vector = torch.randn(other.size, generator=torch.Generator().manual_seed(5))
+    made, vectors = other.adapter(vector), torch.stack([layout.flatten(one) for one in some])
+    inner = torch.tensor([[made.inner(one) for one in some]], dtype=torch.float64)
+    assert torch.allclose(other.inner(vector[None], vectors, layout), inner, rtol=1e-5)
+    cosines = torch.tensor([made.cosine(one) for one in some], dtype=torch.float64)
+    assert torch.allclose(other.cosines(vector, vectors, layout), cosines, rtol=1e-5)
+
+
 def test_products_are_those_of_adapters() -> None:
     some = [expert(f"e{seed}", seed, scale=0.5 + seed) for seed in range(3)]
     layout = Layout.of(some)

@@ -195,7 +195,7 @@ def test_a_file_with_nan_is_refused(ridge: WeightEncoder, tmp_path: Path, value:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2}, {"kind": "magic"}, {"manifest": {}}, {"dim": "many"}, {"calibration": None}, {"options": 3},
+        {"version": 1}, {"version": 3}, {"kind": "magic"}, {"manifest": {}}, {"dim": "many"}, {"calibration": None}, {"options": 3},
         {"told": 3}, {"manifest": {"base": None, "places": [["a", -1, 2]]}}, {"dim": None}, {"dim": 17},
         {"options": {"charm": 1}}, {"options": {"left": 1}},
     ],
@@ -203,11 +203,32 @@ def test_a_file_with_nan_is_refused(ridge: WeightEncoder, tmp_path: Path, value:
 def test_a_description_that_does_not_fit_is_refused(ridge: WeightEncoder, tmp_path: Path, change: dict) -> None:
     path = tmp_path / "e.safetensors"
     ridge.save(path)
-    entry = {"version": 1, **json.loads(header(path)[module._ENTRY]), **change}
-    save_file({k: np.array(v) for k, v in ridge.tensors.items()}, path, {module._ENTRY: json.dumps(entry)})
+    entry = json.loads(header(path)[module._ENTRY])
+    rewritten(ridge, path, json.dumps(entry))
+    assert load_encoder(path).space == ridge.space  # what follows is refused for the change alone
+    rewritten(ridge, path, json.dumps({**entry, **change}))
     refused(path, encode=True)
-    save_file({k: np.array(v) for k, v in ridge.tensors.items()}, path, {module._ENTRY: "no json"})
+    rewritten(ridge, path, "no json")
     refused(path)
+
+
+@pytest.mark.parametrize("shape", [(3, 15), (16,), (2, 3, 16)])
+def test_landmarks_of_another_space_are_refused(ridge: WeightEncoder, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = tmp_path / "e.safetensors"
+    replace(ridge, landmarks=np.ones(shape, np.float16)).save(path)
+    assert "landmarks" in refused(path)
+
+
+def test_an_encoder_without_landmarks_can_be_kept(ridge: WeightEncoder, tmp_path: Path) -> None:
+    path = tmp_path / "e.safetensors"
+    replace(ridge, landmarks=np.empty((0, 16), np.float16)).save(path)
+    assert not load_encoder(path).crowding(np.ones((2, 16), np.float32)).any()
+
+
+def rewritten(encoder: WeightEncoder, path: Path, entry: str) -> None:
+    """The encoder's tensors under another description."""
+    held = {**encoder.tensors, "landmarks": encoder.landmarks}
+    save_file({name: np.array(array) for name, array in held.items()}, path, {module._ENTRY: entry})
 
 
 def header(path: Path) -> dict[str, str]:

@@ -57,7 +57,7 @@ class Hyper:
         novelty = 1.0 - float(self.wide.cosines(vector, self.means, self.layout).max())
         return Generated(self.wide.adapter(vector, name=self.kind), (share,), novelty)
 
-    @property
+    @cached_property
     def wide(self) -> Layout:
         """The layout of what it makes."""
         return self.layout.widened(self.sizes.rank)
