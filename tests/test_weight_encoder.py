@@ -195,8 +195,8 @@ def test_a_file_with_nan_is_refused(ridge: WeightEncoder, tmp_path: Path, value:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 1}, {"version": 3}, {"kind": "magic"}, {"manifest": {}}, {"dim": "many"}, {"calibration": None}, {"options": 3},
-        {"told": 3}, {"manifest": {"base": None, "places": [["a", -1, 2]]}}, {"dim": None}, {"dim": 17},
+        {"version": 1}, {"version": 3}, {"kind": "magic"}, {"manifest": {}}, {"dim": "many"}, {"calibration": None},
+        {"options": 3}, {"told": 3}, {"manifest": {"base": None, "places": [["a", -1, 2]]}}, {"dim": None}, {"dim": 17},
         {"options": {"charm": 1}}, {"options": {"left": 1}},
     ],
 )  # fmt: skip
