@@ -17,7 +17,7 @@ from generation_training import Experts
 from generation_world import Draw, Loss, Plan, Setting, Split
 from torch import Tensor, nn
 
-PLAN = Plan(FULL, folds=3, hyper=1500, hyper_rank=32, hyper_rates=(6e-3, 1.5e-2))
+PLAN = Plan(FULL, folds=3, hyper=1500, hyper_rank=32, hyper_members=2, hyper_rates=(6e-3, 1.5e-2))
 BRIEF = Plan(
     QUICK, descriptions=3, probes=30, tests=60, choice=60, queries=1, similarity=20, folds=2, semantic=10, icm=2,
     regression=20, hyper=25, hyper_samples=8,

@@ -41,11 +41,15 @@ HIDDEN = 256  # of SG-LoRA's networks
 
 
 class Made(NamedTuple):
-    """Vectors (held, 1 or queries, size), the layout's trial where it is not the cell's, and what is to be told."""
+    """Vectors (held, 1 or queries, size), the layout's trial where it is not the cell's, and what is to be told.
+
+    scores: (held, 1 or queries) of something that is no adapter, in place of the vectors'.
+    """
 
     vectors: Tensor
     trial: Trial | None = None
     told: dict[str, Any] = {}  # noqa: RUF012
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class Desk:
                 self.cell.practice,
                 steps=self.cell.plan.hyper,
                 rank=self.cell.plan.hyper_rank,
+                members=self.cell.plan.hyper_members,
                 rate=self.cell.plan.hyper_rates[0],
                 moving=self.cell.plan.hyper_rates[1],
                 start=self.cell.everything if from_everything else None,
@@ -310,7 +315,7 @@ def _hyper(
     return make
 
 
-BASE, ORACLE, BEST = "base", "oracle", "hypernetwork"
+BASE, ORACLE, HYPER, HYPER_WRONG = "base", "oracle", "hypernetwork", "hypernetwork, wrong description"
 ROWS = (
     Row(BASE, _base),
     Row("random expert", _random),
@@ -336,8 +341,8 @@ ROWS = (
     Row("ICM-LoRA, text", _icm),
     Row("ridge to weights", _ridge),
     Row("perceptron to weights", _perceptron),
-    Row(BEST, _hyper(), version=4),
-    Row("hypernetwork, wrong description", _hyper(wrong=True), version=4),
+    Row(HYPER, _hyper(), version=4),
+    Row(HYPER_WRONG, _hyper(wrong=True), version=4),
     Row("hypernetwork, cut to the experts' rank", _hyper(cut=True), once=True, version=4),
     Row("hypernetwork, sentence vectors", _hyper("sentences"), ablation=True, version=4),
     Row("hypernetwork, its reader not fitted to transfer", _hyper(fitted_reader=False), ablation=True, version=4),
@@ -351,9 +356,18 @@ STRANGE_ROWS = (
 )
 
 
+def made_by(name: str, desk: Desk) -> Made:
+    """What a row of this name makes."""
+    return next(row for row in ROWS if row.name == name).make(desk)
+
+
 def rows(cell: Cell) -> list[Row]:
     """The rows of a cell."""
     some = ROWS + (STRANGE_ROWS if all(one.strange for one in cell.held) else ())
+    if cell.setting.world == "sentences":
+        from generation_rehearsal import REHEARSAL_ROWS
+
+        some += REHEARSAL_ROWS
     digits, first = cell.setting.world == "digits", cell.setting == Setting(cell.setting.base, "shared", 0, 0)
     return [row for row in some if (first or not digits or not row.once) and ((first and digits) or not row.ablation)]
 
@@ -368,6 +382,8 @@ def measure(desk: Desk, row: Row) -> dict[str, Any]:
     middle = time.perf_counter()
     count = made.vectors.shape[1]
     places = [place for place in range(len(desk.cell.held)) for _ in range(count)]
-    scores = desk.cell.tested(made.vectors.flatten(0, 1), places, trial=made.trial).view(-1, count)
+    scores = made.scores
+    if scores is None:
+        scores = desk.cell.tested(made.vectors.flatten(0, 1), places, trial=made.trial).view(-1, count)
     seconds = [round(middle - start, 1), round(time.perf_counter() - middle, 1)]
     return {"scores": scores.tolist(), "told": made.told, "seconds": seconds}

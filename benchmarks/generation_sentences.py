@@ -32,6 +32,7 @@ from generation_training import Experts, Trainer, Training, in_bfloat16
 from generation_world import ROOT, Draw, Loss, Plan, Setting, Split
 from lorahub.generate.experts import linear_paths
 from lorahub.generate.lessons import Sorting, label_hits, label_names, sorting
+from lorahub.generate.rehearsal import Label, lesson
 from lorahub.generate.sentences import SentenceModel
 from torch import Tensor, nn
 
@@ -77,6 +78,12 @@ def every_task() -> tuple[Sentences, ...]:
     words, topics = _words("generation_words.toml"), _words("retrieval_words.toml")["topic"]
     found = [_topic(name, topic, words["topic"][name]) for name, topic in topics.items()]
     return (*found, *map(_task, words["task"]))
+
+
+@cache
+def _meanings() -> dict[str, str]:
+    """What belongs under each label."""
+    return _words("generation_labels.toml")
 
 
 def _words(name: str) -> dict[str, Any]:
@@ -243,6 +250,27 @@ class SentenceTasks:
 
     def tests(self, task: int, count: int) -> Sorting:
         return self._batch(task, self._data(task).test, count)
+
+    def lesson(self, task: int) -> Sorting:
+        """The words of the task's labels, as a batch to rehearse on."""
+        return lesson(self._model, self._labels(task))
+
+    def in_full(self, task: int, said: Sequence[str]) -> list[str]:
+        """Descriptions, each with all labels and their meanings behind it."""
+        told = "; ".join(f"{label.name}: {label.meaning}" for label in self._labels(task))
+        return [f"{one}. {told}" for one in said]
+
+    def without_adapter(self, task: int, count: int) -> float:
+        """The bare base's score where a label's vector is halfway between those of its name and its meaning."""
+        labels, pairs = self._labels(task), self._data(task).test[:count]
+        known = [label.name for label in labels]
+        named, meant = self._model.embed(known), self._model.embed([label.meaning for label in labels])
+        nearest = (self._model.embed([said for said, _ in pairs]) @ (named + meant).T).argmax(dim=1)
+        return sum(known[row] == label for row, (_, label) in zip(nearest, pairs, strict=True)) / len(pairs)
+
+    def _labels(self, task: int) -> list[Label]:
+        meanings = _meanings()
+        return [Label(name, meanings[name]) for name in self._data(task).labels]
 
     def _batch(self, task: int, pairs: Pairs, count: int) -> Sorting:
         labels, some = self._data(task).labels, pairs[:count]  # label by label in turn

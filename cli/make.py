@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..generate.library import Library
+    from ..generate.rehearsal import Label
     from ..generate.run import Generated
     from ..generate.stored import Learned
     from ..hub.adapter import Adapter
@@ -36,6 +37,14 @@ def generate(
         typer.Option(help="blend, nearest, or a fitted kind (semantic, icm, hyper); default: the best there is."),
     ] = None,
     option: options.Method = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME: MEANING",
+            help="A label that sentences are to be sorted under, and what belongs there; may be repeated. The adapter "
+            "then rehearses these words on the packaged sentence model.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for generators that draw at random.")] = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="Adapter to leave out; may be repeated.")] = None,
     model: Annotated[
@@ -64,6 +73,7 @@ def generate(
         check_name(catalog, name, out)
         encoder = text(model)
         library = open_library(catalog, encoder, base=base, exclude=exclude or ())
+        labels = _labels(str(library.base), label or ())
         method, why, generator = _chosen(catalog, library, method, given, exclude or ())
         words, how = ranker(catalog.home, str(library.base), encoder)
         made = generate_adapter(
@@ -73,6 +83,7 @@ def generate(
         ranked = how if generator is None else "by the fitted generator itself"
         facts: dict[str, Any] = {"description": description, "method": method, "why": why, "base": library.base}
         facts |= {"seed": seed, "options": given, "ranked": ranked, "versions": versions()}
+        made, facts["rehearsal"] = _rehearsed(made, labels)
         facts |= _figures(catalog, library, made, method)
         path = out
         if not dry_run:
@@ -113,6 +124,31 @@ def _chosen(
     if exclude:
         raise BadOption(f"--exclude has no effect on {method}, which was fitted to all; fit it anew, or use blend")
     return method, why, load(generator_path(catalog.home, base, method))
+
+
+def _labels(base: str, said: Sequence[str]) -> list[Label]:
+    """What is to be rehearsed. Raises BadOption for a base whose adapters do not sort sentences."""
+    if not said:
+        return []
+    from ..generate.rehearsal import checked, read_label
+    from .measures import check_sentence_base
+
+    check_sentence_base(base, "--label has words rehearsed on", "leave --label out")
+    return checked([read_label(one) for one in said])
+
+
+def _rehearsed(made: Generated, labels: Sequence[Label]) -> tuple[Generated, dict[str, Any] | None]:
+    """The result after rehearsing its labels' words, and what is to be told of that; the same without labels."""
+    if not labels:
+        return made, None
+    from dataclasses import replace
+
+    from ..generate.rehearsal import STEPS, rehearse
+    from ..generate.sentences import SentenceModel
+
+    done = rehearse(SentenceModel(), made.adapter, labels)
+    told = {"labels": [label._asdict() for label in labels], "steps": STEPS, "loss": [done.before, done.after]}
+    return replace(made, adapter=done.adapter), told | {"moved": done.moved}
 
 
 def _with_words(generator: Learned | None, encoder: TextEncoder) -> tuple[Learned, TextEncoder] | None:
@@ -173,14 +209,22 @@ def _tell(facts: Mapping[str, Any], made: Generated) -> None:
         ["expert", "similarity", "weight"],
         [(e.name, f"{e.similarity:.3f}", f"{e.weight:.3f}") for e in made.experts],
     )
-    show.line(f"novelty {made.novelty:.3f} (1 - cosine with the nearest expert that it knows; 0 is a copy)")
+    novelty = "novelty" if facts["rehearsal"] is None else "before the rehearsal novelty"
+    show.line(f"{novelty} {made.novelty:.3f} (1 - cosine with the nearest expert that it knows; 0 is a copy)")
+    if done := facts["rehearsal"]:
+        before, after = done["loss"]
+        show.line(
+            f"rehearsed what {len(done['labels'])} labels mean, {done['steps']} steps: loss {before:.3f} -> "
+            f"{after:.3f}; the delta moved by {done['moved']:.0%} of its norm"
+        )
     if far := facts["novelty_in_spreads"]:
         show.line(f"{far['spreads']:.2f} times as far from {far['expert']} as that expert's checkpoints are apart")
     if told := facts["estimate"]:
         share = "" if told["share"] is None else f", {told['share']:.0%} of what an own expert gains"
+        before = " before the rehearsal" if facts["rehearsal"] else ""
         show.line(
-            f"expected gain {told['gain']:+.3f} in {told['measure']}{share}: the mean of {told['tasks']} tasks that "
-            "were left out and were as near to their library"
+            f"expected gain{before} {told['gain']:+.3f} in {told['measure']}{share}: the mean of {told['tasks']} tasks "
+            "that were left out and were as near to their library"
         )
     if facts["forced"]:
         show.note(
@@ -211,15 +255,22 @@ tags: [lora, lorahub, generated]
 ---
 # Generated: {description}
 
-Made by lorahub: generator `{facts["method"]}`, seed {facts["seed"]}. It was trained on nothing: it is made of these
-experts, found {facts["ranked"]}. Measure it on your task before you rely on it.
+Made by lorahub: generator `{facts["method"]}`, seed {facts["seed"]}. It was trained on no data of the task: it is made
+of these experts, found {facts["ranked"]}. Measure it on your task before you rely on it.
 
 | expert | similarity | weight |
 |---|---|---|
 {rows}
 
 Novelty (1 - cosine with the nearest of these experts): {made.novelty:.4f}.
-"""
+{_rehearsal_told(facts["rehearsal"])}"""
+
+
+def _rehearsal_told(rehearsal: Mapping[str, Any] | None) -> str:
+    if rehearsal is None:
+        return ""
+    rows = "\n".join(f"- {one['name']}: {one['meaning']}" for one in rehearsal["labels"])
+    return f"\nAfter that it rehearsed, for {rehearsal['steps']} steps, what its labels mean:\n\n{rows}\n"
 
 
 # --- shared by the commands that write adapters --------------------------------------------------------------------

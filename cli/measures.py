@@ -22,14 +22,18 @@ EXAMPLE = Path(__file__).parent / "example" / "tasks.json"
 def sentence_tasks(base: str, tasks: Path | None) -> dict[str, SentenceTask]:
     """The tasks of a file, by default those of the built-in example. Raises BadOption for another base than its."""
     from ..generate.sentences import load_tasks
+
+    check_sentence_base(base, "labelled sentences measure adapters of", "measure with --score COMMAND")
+    return load_tasks(tasks or EXAMPLE)
+
+
+def check_sentence_base(base: str, what: str, instead: str) -> None:
+    """Raise BadOption for another base than the packaged sentence model."""
     from ..hub.bases import family
     from ..index.encoders.text import PACKAGED
 
     if family(base) != family(PACKAGED):
-        raise BadOption(
-            f"labelled sentences measure adapters of {PACKAGED}, these are for {base}: measure with --score COMMAND"
-        )
-    return load_tasks(tasks or EXAMPLE)
+        raise BadOption(f"{what} {PACKAGED}, these adapters are for {base}: {instead}")
 
 
 def scorer(command: str) -> Callable[[Path | None, str], float]:

@@ -1,4 +1,4 @@
-"""Cores: a library's deltas as small matrices between two common bases of each module.
+"""Cores: a library's deltas as small matrices between two common bases of each module; and means of deltas.
 
 delta_i = outputs @ core_i @ inputs, as near as the rank allows: the bases are those in which all deltas together are
 kept best, a truncated higher-order SVD (De Lathauwer, De Moor and Vandewalle, "A multilinear singular value
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Place
+from .layout import Layout, Place
 
 
 class Bases(NamedTuple):
@@ -35,6 +35,28 @@ class Bases(NamedTuple):
         """The vectors' (n, size) deltas between the bases: float64 (n, rank, rank)."""
         down, up = place.factors(vectors.double())
         return (self.outputs.mT @ up) @ (down @ self.inputs.mT)
+
+
+def mean_delta(vectors: Tensor, layout: Layout) -> Tensor:
+    """The mean of the deltas of vectors (n, size) of a layout, exactly: (size,) of `widened(layout, n)`."""
+    wide = widened(layout, len(vectors))
+    mean = torch.empty(wide.size, dtype=vectors.dtype)
+    for narrow, place in zip(layout.places, wide.places, strict=True):
+        down, up = narrow.factors(vectors)
+        down, up = down.flatten(0, 1), up.transpose(0, 1).flatten(1) / len(vectors)
+        if len(down) > place.rank == place.outputs:  # more than the sides allow: one factor is made square
+            up, triangle = torch.linalg.qr(up)
+            down = triangle @ down
+        elif len(down) > place.rank:
+            basis, triangle = torch.linalg.qr(down.mT)
+            down, up = basis.mT, up @ triangle.mT
+        mean[place.down], mean[place.up] = down.flatten(), up.flatten()
+    return mean
+
+
+def widened(layout: Layout, count: int) -> Layout:
+    """The layout of sums of `count` deltas of a layout: each module's rank is as many times as large, or its sides'."""
+    return layout.reranked(lambda place: count * place.rank)
 
 
 def _unfolded(left: Tensor, right: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ A vector holds module after module, of each `down` and then `up`, row by row. Mo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -147,8 +147,13 @@ class Layout:
 
     def widened(self, rank: int) -> Layout:
         """The same modules with this rank, or with the smaller of their sides where that is less."""
+        return self.reranked(lambda _: rank)
+
+    def reranked(self, rank: Callable[[Place], int]) -> Layout:
+        """The same modules with other ranks, or with the smaller of their sides where that is less; gauge none."""
         shapes = {
-            name: replace(shape, rank=min(rank, shape.inputs, shape.outputs)) for name, shape in self._shapes.items()
+            place.name: replace(place.shape, rank=min(rank(place), place.inputs, place.outputs))
+            for place in self.places
         }
         return Layout(self.base, _placed(shapes))
 

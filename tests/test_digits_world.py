@@ -267,7 +267,7 @@ def test_shares_are_of_the_gain_over_all_held_out_tasks() -> None:
 
     def cell(seed: int, best: float) -> dict[str, Any]:
         scores = {"base": [[0.2], [0.9]], "oracle": [[0.6], [0.92]], "hypernetwork": [[best, best], [0.9, 0.9]]}
-        scores["nearest expert"] = [[0.2], [0.9]]
+        scores["nearest expert"] = scores["hypernetwork, wrong description"] = [[0.2], [0.9]]
         rows = {name: {"scores": found, "seconds": [1, 2], "told": {}} for name, found in scores.items()}
         return {"base": "A", "start": "shared", "split": 0, "seed": seed, "held": ["first", "second"], "rows": rows}
 

@@ -326,7 +326,7 @@ def test_a_similarity_lends_its_reader() -> None:
     known = fit_similarity(some.vectors, chance.random((13, 13)), **given)
     made = fitted(similarity=known, steps=1, rate=1e-9)
     assert (made.sizes.code, made.sizes.heads, made.sizes.channels) == known.sizes
-    assert torch.allclose(made.weights["reader.look.weight"], known.tensors["look.weight"], atol=1e-6)
+    assert torch.allclose(made.members[0]["reader.look.weight"], known.tensors["look.weight"], atol=1e-6)
     other = fit_similarity([one[:, :WIDTH] for one in some.vectors], chance.random((13, 13)), width=2, steps=1)
     with pytest.raises(GenerationError, match="reads tokens of 2 numbers, the descriptions have 10"):
         fitted(similarity=other)

@@ -1,10 +1,14 @@
-"""A hypernetwork, description in and adapter out, trained through the frozen base on the tasks' own loss."""
+"""Hypernetworks, description in and adapter out, trained through the frozen base on the tasks' own loss.
+
+A fit may have several members, trained alike but for chance; what it makes is the mean of their deltas, which serves
+tasks that nobody practised better than a member does (deep ensembles, arXiv 1612.01474).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from torch.nn import functional
 from ...hub.errors import BadOption, FormatError, GenerationError, RetrievalError
 from ...index.transfer import Similarity, parted, shortened
 from ...index.wording import token_width
+from ..cores import mean_delta, widened
 from ..experts import generator
 from ..hypernet import Drill, HyperNetwork, Practice, Sizes, Trial, opening, trained
 from ..layout import Layout
@@ -27,18 +32,19 @@ _LARGEST = 2**16  # of a size: what a damaged file may ask for
 
 @dataclass(frozen=True)
 class Hyper:
-    """A fitted hypernetwork.
+    """Fitted hypernetworks.
 
-    layout: the experts'; what it makes has the same modules and more rank, the layout `wide`. weights: of
-    `hypernet.HyperNetwork`. names, codes, means: of the library's experts, the direction of what the reader
-    says of their descriptions (n, code), and their last checkpoints (n, size), to say how near and how new a result is.
+    layout: the experts'; what is made has the same modules and more rank, the layout `wide`. members: the weights of a
+    `hypernet.HyperNetwork` each. names, codes, means: of the library's experts, the direction of what the first
+    member's reader says of their descriptions (n, code), and their last checkpoints (n, size), to say how near and how
+    new a result is.
     """
 
     layout: Layout
     origin: Origin
     names: tuple[str, ...]
     sizes: Sizes
-    weights: Mapping[str, Tensor]
+    members: tuple[Mapping[str, Tensor], ...]
     codes: Tensor
     means: Tensor
     kind: str = "hyper"
@@ -48,10 +54,11 @@ class Hyper:
 
         Raises GenerationError for a vector of another length.
         """
+        states = self._states(query)
         with torch.inference_mode():
-            code = self._network.codes(self._states(query))
-            vector = self._network.made(self._network.coefficients(code))[0].clone()
-            cosines = functional.normalize(code, dim=1)[0] @ self.codes.T
+            cosines = functional.normalize(self._networks[0].codes(states), dim=1)[0] @ self.codes.T
+            vectors = torch.cat([network(states) for network in self._networks])
+            vector = mean_delta(vectors, self._narrow).clone()
         near = int(cosines.argmax())
         share = Share(self.names[near], self.names[near], float(cosines[near]), 1.0)
         novelty = 1.0 - float(self.wide.cosines(vector, self.means, self.layout).max())
@@ -60,16 +67,21 @@ class Hyper:
     @cached_property
     def wide(self) -> Layout:
         """The layout of what it makes."""
+        return widened(self._narrow, len(self.members))
+
+    @property
+    def _narrow(self) -> Layout:
+        """The layout of what a member makes."""
         return self.layout.widened(self.sizes.rank)
 
     def facts(self) -> dict[str, Any]:
         """What a file says of it, beside tensors."""
-        return {"names": list(self.names), "sizes": list(self.sizes)}
+        return {"names": list(self.names), "sizes": list(self.sizes), "members": len(self.members)}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of it."""
         return {"codes": self.codes, "means": self.means} | {
-            f"network.{name}": part for name, part in self.weights.items()
+            f"network.{row}.{name}": part for row, one in enumerate(self.members) for name, part in one.items()
         }
 
     def _states(self, query: Vectors) -> Tensor:
@@ -79,11 +91,14 @@ class Hyper:
             raise GenerationError(str(error)) from None
 
     @cached_property
-    def _network(self) -> HyperNetwork:
-        with torch.random.fork_rng(devices=[]):  # what it begins with is thrown away
-            network = HyperNetwork(self.sizes, self.wide)
-        network.load_state_dict(dict(self.weights))
-        return network.eval()
+    def _networks(self) -> list[HyperNetwork]:
+        made = []
+        for weights in self.members:
+            with torch.random.fork_rng(devices=[]):  # what it begins with is thrown away
+                network = HyperNetwork(self.sizes, self._narrow)
+            network.load_state_dict(dict(weights))
+            made.append(network.eval())
+        return made
 
 
 def hyper(
@@ -102,25 +117,27 @@ def hyper(
     rank: int = 16,
     heads: int = 8,
     channels: int = 32,
+    members: int = 1,
     start: Tensor | None = None,
     similarity: Similarity | None = None,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> Hyper:
-    """Fit a hypernetwork to a school, best one whose descriptions are token states (`index.wording`).
+    """Fit hypernetworks to a school, best one whose descriptions are token states (`index.wording`).
 
     practice: the base, its loss and every expert's batches. steps, with `tasks` experts each: on digits, new
     combinations came out better the longer it learned, up to 1,500 steps and more. rate: of the network, moving: of the
     point it starts from and the bases it moves between. noise, dropped: of the words in training, the latter a share of
     the tokens; with tokens that say nothing they make it bear new wording. shrink: how strongly results are held near
-    the start. code, hidden: widths; rank: of what it makes, whatever the experts' is. heads, channels: of the reader.
+    the start. code, hidden: widths; rank: of what a member makes, whatever the experts' is. heads, channels: of the
+    reader. members: networks whose deltas are averaged; the rank and the time of the fit grow with them.
     start: a vector (size,) of the school's layout, by default the mean of the experts' deltas. similarity: learned from
     transfer between the same experts, whose reader the network's begins as; its sizes go before code, heads, channels.
 
     Raises BadOption for options outside their range, GenerationError for an expert without batches.
     """
     positive = {"steps": steps, "tasks": tasks, "rate": rate, "code": code, "hidden": hidden, "heads": heads}
-    for name, value in (positive | {"channels": channels, "rank": rank}).items():
+    for name, value in (positive | {"channels": channels, "rank": rank, "members": members}).items():
         if not value > 0:
             raise BadOption(f"{name} is {value}; expected a number above 0")
     if min(moving, noise, shrink) < 0 or not 0 <= dropped < 1:
@@ -133,17 +150,24 @@ def hyper(
     if similarity is not None:
         code, heads, channels = similarity.sizes
     sizes, wide = Sizes(width, heads, channels, code, hidden, rank), school.layout.widened(rank)
-    network = _begun(sizes, wide, torch.cat(states), similarity, seed)
-    opening(network, school.layout, last, start, generator(seed, "bases"))
-    drill = Drill(steps, tasks, rate, moving, noise, dropped, shrink, seed)
-    trial = Trial(practice.model, wide, practice.component)
-    losses = trained(network, trial, practice, school.names, states, drill, progress)
-    weights = {name: part.detach().clone() for name, part in network.state_dict().items()}
+    trial, fits, losses = Trial(practice.model, wide, practice.component), [], []
+    for member in range(members):
+        chance = seed if member == 0 else int(generator(seed, f"member {member}").initial_seed())
+        network = _begun(sizes, wide, torch.cat(states), similarity, chance)
+        opening(network, school.layout, last, start, generator(chance, "bases"))
+        drill = Drill(steps, tasks, rate, moving, noise, dropped, shrink, chance)
+        told = partial(_told, progress, member * steps) if progress else None
+        losses += trained(network, trial, practice, school.names, states, drill, told)[-20:]
+        fits.append(network)
     with torch.inference_mode():
-        said = [functional.normalize(network.codes(some), dim=1).clone() for some in states]
-    lately = losses[-20:]
-    told = {"steps": steps, "seed": seed, "loss": sum(lately) / len(lately), "near": threshold(said)}
-    return Hyper(school.layout, school.origin(**told), school.names, sizes, weights, directions(said), last)
+        said = [functional.normalize(fits[0].codes(some), dim=1).clone() for some in states]
+    weights = tuple({name: part.detach().clone() for name, part in one.state_dict().items()} for one in fits)
+    origin = school.origin(steps=steps, seed=seed, loss=sum(losses) / len(losses), near=threshold(said))
+    return Hyper(school.layout, origin, school.names, sizes, weights, directions(said), last)
+
+
+def _told(progress: Callable[[int, float], None], before: int, step: int, loss: float) -> None:
+    progress(before + step, loss)
 
 
 def _begun(sizes: Sizes, wide: Layout, states: Tensor, similarity: Similarity | None, seed: int) -> HyperNetwork:
@@ -173,12 +197,18 @@ def restore(layout: Layout, origin: Origin, facts: Mapping[str, Any], tensors: M
     names, sizes = tuple(map(str, facts["names"])), Sizes(*map(int, facts["sizes"]))
     if min(sizes) < 1 or max(sizes) > _LARGEST:
         raise FormatError(f"its sizes {tuple(sizes)} make no sense; expected numbers from 1 to {_LARGEST}")
-    held = {name.removeprefix("network."): part for name, part in tensors.items() if name.startswith("network.")}
     with torch.device("meta"):
         expected = {n: part.shape for n, part in HyperNetwork(sizes, layout.widened(sizes.rank)).state_dict().items()}
-    if {name: part.shape for name, part in held.items()} != expected:
-        raise FormatError(f"its tensors are not those of a hypernetwork of sizes {tuple(sizes)}")
+    members = []
+    for row in range(int(facts["members"])):
+        prefix = f"network.{row}."
+        held = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
+        if {name: part.shape for name, part in held.items()} != expected:
+            raise FormatError(f"its tensors are not those of a hypernetwork of sizes {tuple(sizes)}")
+        members.append(held)
+    if not members:
+        raise FormatError("it has no member; fit the generator anew")
     codes, means = tensors["codes"], tensors["means"]
     if codes.shape != (len(names), sizes.code) or means.shape != (len(names), layout.size):
         raise FormatError(f"its tensors are not those of {len(names)} experts")
-    return Hyper(layout, origin, names, sizes, held, codes, means)
+    return Hyper(layout, origin, names, sizes, tuple(members), codes, means)

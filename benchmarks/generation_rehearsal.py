@@ -1,0 +1,88 @@
+"""Rows of the generation benchmark that rehearse the words of a task, in the world that has words for labels.
+
+The words are what belongs under each label (generation_labels.toml). Two controls are given the same words: the base
+without an adapter, with each label's vector between its name's and its meaning's; and the nearest expert, by sentence
+vectors of the descriptions with all labels and their meanings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
+
+import torch
+from generation_rows import HYPER, Desk, Made, Row, made_by
+from generation_sentences import SentenceTasks, names
+from lorahub.generate.experts import Pupil, first_down
+from lorahub.generate.hypernet import Trial
+from lorahub.generate.layout import Layout
+from lorahub.generate.rehearsal import rehearsed
+from lorahub.index.encoders.text import text
+from torch import Tensor
+
+Start = Literal["nothing", "multi-task", "hypernetwork"]
+
+
+def _rehearsed(start: Start, *, wrong: bool = False) -> Callable[[Desk], Made]:
+    """wrong: every task rehearses the words of the one half the list away."""
+
+    def make(desk: Desk) -> Made:
+        begun = _begun(desk, start)
+        places = list(desk.cell.split.held)
+        if wrong:
+            places = places[len(places) // 2 :] + places[: len(places) // 2]
+        trial = begun.trial or desk.cell.trial
+        columns = [_practised(desk, trial, some, places) for some in begun.vectors.unbind(dim=1)]
+        return begun._replace(vectors=torch.stack(columns, dim=1))
+
+    return make
+
+
+def _begun(desk: Desk, start: Start) -> Made:
+    """Where rehearsal begins: (held, 1 or queries, size)."""
+    if start == "hypernetwork":
+        return made_by(HYPER, desk)
+    vector = desk.cell.everything if start == "multi-task" else _nothing(desk.cell.layout)
+    return Made(vector.expand(len(desk.cell.held), 1, -1))
+
+
+def _nothing(layout: Layout) -> Tensor:
+    """An adapter before its training: `down` at chance, `up` zero."""
+    vector = torch.zeros(layout.size)
+    for place in layout.places:
+        pupil: Pupil[None] = Pupil("nobody", lambda *_: None, rank=place.rank)
+        vector[place.down] = first_down(pupil, place.name, place.inputs).flatten()
+    return vector
+
+
+def _practised(desk: Desk, trial: Trial, vectors: Tensor, places: Sequence[int]) -> Tensor:
+    world = cast(SentenceTasks, desk.cell.world)
+    batches = [world.lesson(place) for place in places]
+    return rehearsed(trial, vectors, names, batches, steps=desk.cell.plan.rehearsal)[0]
+
+
+def _told(desk: Desk) -> Made:
+    world, cell = cast(SentenceTasks, desk.cell.world), desk.cell
+    found = [world.without_adapter(place, cell.plan.tests) for place in cell.split.held]
+    empty = torch.zeros(len(found), 1, cell.layout.size)
+    return Made(empty, scores=torch.tensor(found)[:, None])
+
+
+def _nearest(desk: Desk) -> Made:
+    world, cell, encoder = cast(SentenceTasks, desk.cell.world), desk.cell, text()
+    taught = [torch.from_numpy(encoder.encode(world.in_full(place, cell.taught[row].descriptions)))
+              for row, place in enumerate(cell.split.taught)]  # fmt: skip
+    keys = torch.nn.functional.normalize(torch.stack([some.mean(dim=0) for some in taught]), dim=1)
+    asked = [torch.from_numpy(encoder.encode(world.in_full(held.place, held.queries))) for held in cell.held]
+    return Made(cell.last[torch.stack([(some @ keys.T).argmax(dim=1) for some in asked])])
+
+
+REHEARSED, REHEARSED_WRONG = "rehearsal, from the multi-task adapter", "rehearsal, of another task's words"
+REHEARSAL_ROWS = (
+    Row("base, told what the labels mean", _told),
+    Row("nearest expert, told what the labels mean", _nearest),
+    Row("rehearsal, from nothing", _rehearsed("nothing")),
+    Row(REHEARSED, _rehearsed("multi-task")),
+    Row("rehearsal, from the hypernetwork's", _rehearsed("hypernetwork"), version=4),
+    Row(REHEARSED_WRONG, _rehearsed("multi-task", wrong=True)),
+)
