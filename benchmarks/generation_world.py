@@ -51,10 +51,10 @@ class Plan:
     effort: training of experts; descriptions: of each taught task; probes: samples of each to choose by; tests: of each
     task; choice: of these, those by which the best expert in hindsight is found; queries: of each held-out task;
     tuning: descriptions of each taught task to choose temperatures by; folds: that similarities are validated with;
-    hyper, hyper_samples, hyper_rank, hyper_members, hyper_rates: the hypernetwork's steps, samples of a task in a batch,
-    rank of what a member makes, members, and rates, of the network and of the bases; rehearsal: steps on the words of a
-    task; icm_stages, icm_channels: of ICM-LoRA's network; only: names of the domains or styles that take part, all
-    where there are none; the rest: steps of training.
+    hyper, hyper_samples, hyper_rank, hyper_members, hyper_rates: the hypernetwork's steps, samples of a task in a
+    batch, rank of what a member makes, members, and rates, of the network and of the bases; rehearsal: steps on the
+    words of a task; icm_stages, icm_channels: of ICM-LoRA's network; only: names of the domains or styles that take
+    part, all where there are none; the rest: steps of training.
     """
 
     effort: Effort

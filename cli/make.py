@@ -215,7 +215,7 @@ def _tell(facts: Mapping[str, Any], made: Generated) -> None:
         before, after = done["loss"]
         show.line(
             f"rehearsed what {len(done['labels'])} labels mean, {done['steps']} steps: loss {before:.3f} -> "
-            f"{after:.3f}; the delta moved by {done['moved']:.0%} of its norm"
+            f"{after:.3f}; {done['moved']:.0%} of the delta comes of that"
         )
     if far := facts["novelty_in_spreads"]:
         show.line(f"{far['spreads']:.2f} times as far from {far['expert']} as that expert's checkpoints are apart")

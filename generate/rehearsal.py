@@ -23,7 +23,7 @@ from .layout import Layout
 from .lessons import Sorting, label_names
 from .sentences import SentenceModel
 
-STEPS, RATE = 40, 1e-3
+STEPS, RATE = 40, 2e-3
 FEWEST_WORDS = 2  # of a part that is rehearsed on its own
 
 
@@ -36,7 +36,7 @@ class Label(NamedTuple):
 
 class Rehearsed(NamedTuple):
     """The adapter afterwards; the loss on the labels' words before the first step and before the last; how far its
-    delta moved, as a share of the norm that it had."""
+    delta moved, as a share of its norm now."""
 
     adapter: Adapter
     before: float
@@ -53,9 +53,12 @@ def read_label(said: str) -> Label:
 
 
 def texts(meaning: str) -> list[str]:
-    """A meaning, and its parts between commas, colons and semicolons."""
-    parts = [part.strip() for part in re.split("[,;:]", meaning)]
-    return list(dict.fromkeys([meaning, *(part for part in parts if len(part.split()) >= FEWEST_WORDS)]))
+    """A meaning and its parts between commas, colons and semicolons; each also without its first word, which often says
+    that somebody asks or wants it."""
+    parts = [meaning, *(part.strip() for part in re.split("[,;:]", meaning))]
+    whole = [part for part in parts if len(part.split()) >= FEWEST_WORDS]
+    short = [part.split(maxsplit=1)[1] for part in whole if len(part.split()) > FEWEST_WORDS]
+    return list(dict.fromkeys([meaning, *whole, *short]))
 
 
 def checked(labels: Sequence[Label]) -> list[Label]:
@@ -125,4 +128,4 @@ def rehearse(
         steps=steps, rate=rate, names=[adapter.name],
     )  # fmt: skip
     made = layout.adapter(vectors[0], name=adapter.name)
-    return Rehearsed(made, float(losses[0, 0]), float(losses[-1, 0]), layout.error(vectors[0], before))
+    return Rehearsed(made, float(losses[0, 0]), float(losses[-1, 0]), layout.error(before, vectors[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +331,19 @@ def test_a_similarity_lends_its_reader() -> None:
     other = fit_similarity([one[:, :WIDTH] for one in some.vectors], chance.random((13, 13)), width=2, steps=1)
     with pytest.raises(GenerationError, match="reads tokens of 2 numbers, the descriptions have 10"):
         fitted(similarity=other)
+
+
+def test_several_members_make_the_mean_of_their_deltas(tmp_path: Path) -> None:
+    made = fitted(members=3, rank=4, steps=2)
+    query = school().vectors[0][0]
+    found = made.sample(query, seed=0).adapter
+    alone = [replace(made, members=(one,)) for one in made.members]
+    for name, part in found.modules.items():
+        wanted = torch.stack([one.sample(query, seed=0).adapter.modules[name].dense() for one in alone]).mean(dim=0)
+        assert torch.allclose(part.dense(), wanted, atol=1e-5)
+        assert part.rank == min(3 * 4, *wanted.shape)
+    assert not torch.equal(made.members[0]["straight.weight"], made.members[1]["straight.weight"])
+    assert all(torch.equal(part, fitted(rank=4, steps=2).members[0][n]) for n, part in made.members[0].items())
+    path = save(made, tmp_path / "three.safetensors")
+    again = load(path).sample(query, seed=0).adapter
+    assert all(torch.equal(again.modules[name].up, part.up) for name, part in found.modules.items())
