@@ -252,8 +252,12 @@ class SentenceTasks:
         return self._batch(task, self._data(task).test, count)
 
     def lesson(self, task: int) -> Sorting:
-        """The words of the task's labels, as a batch to rehearse on."""
-        return lesson(self._model, self._labels(task))
+        """The words of the task's labels, as a batch to rehearse on; none that any task is tested on."""
+        return lesson(self._model, self._labels(task), barred=lambda text: letters(text) in self._tested)
+
+    @cached_property
+    def _tested(self) -> set[str]:
+        return {letters(said) for data in self._read.values() for said, _ in data.test}
 
     def in_full(self, task: int, said: Sequence[str]) -> list[str]:
         """Descriptions, each with all labels and their meanings behind it."""

@@ -69,10 +69,15 @@ def checked(labels: Sequence[Label]) -> list[Label]:
     return list(labels)
 
 
-def lesson(model: SentenceModel, labels: Sequence[Label]) -> Sorting:
-    """Every text of every label, as one batch. Raises BadOption for fewer than two labels, or one that comes twice."""
+def lesson(
+    model: SentenceModel, labels: Sequence[Label], *, barred: Callable[[str], bool] = lambda _: False
+) -> Sorting:
+    """Every text of every label that is not barred, as one batch.
+
+    Raises BadOption for fewer than two labels, or one that comes twice.
+    """
     names = [label.name for label in checked(labels)]
-    said = [(text, row) for row, label in enumerate(labels) for text in texts(label.meaning)]
+    said = [(text, row) for row, label in enumerate(labels) for text in texts(label.meaning) if not barred(text)]
     ids, mask = model.tokens([*(text for text, _ in said), *names])
     return Sorting(ids, mask.sum(dim=1), torch.tensor([row for _, row in said]))
 

@@ -82,6 +82,8 @@ def test_a_lesson_holds_every_text_with_its_label_and_the_names_last(model: Sent
     names, mask = model.tokens([label.name for label in LABELS])
     assert torch.equal(batch.lengths[-3:], mask.sum(dim=1))
     assert torch.equal(batch.ids[-3:, : names.shape[1]], names)
+    less = lesson(model, LABELS, barred=lambda text: text == "goals and players")
+    assert less.targets.tolist().count(1) == counts[1] - 1
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
