@@ -63,9 +63,11 @@ def _practised(desk: Desk, trial: Trial, vectors: Tensor, places: Sequence[int])
 
 def _told(desk: Desk) -> Made:
     world, cell = cast(SentenceTasks, desk.cell.world), desk.cell
-    found = [world.without_adapter(place, cell.plan.tests) for place in cell.split.held]
-    empty = torch.zeros(len(found), 1, cell.layout.size)
-    return Made(empty, scores=torch.tensor(found)[:, None])
+
+    def scores() -> Tensor:
+        return torch.tensor([world.without_adapter(place, cell.plan.tests) for place in cell.split.held])[:, None]
+
+    return Made(torch.zeros(len(cell.held), 1, cell.layout.size), scores=scores)
 
 
 def _nearest(desk: Desk) -> Made:

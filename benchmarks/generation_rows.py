@@ -43,13 +43,13 @@ HIDDEN = 256  # of SG-LoRA's networks
 class Made(NamedTuple):
     """Vectors (held, 1 or queries, size), the layout's trial where it is not the cell's, and what is to be told.
 
-    scores: (held, 1 or queries) of something that is no adapter, in place of the vectors'.
+    scores: measures something that is no adapter in place of the vectors, (held, 1 or queries).
     """
 
     vectors: Tensor
     trial: Trial | None = None
     told: dict[str, Any] = {}  # noqa: RUF012
-    scores: Tensor | None = None
+    scores: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -382,8 +382,9 @@ def measure(desk: Desk, row: Row) -> dict[str, Any]:
     middle = time.perf_counter()
     count = made.vectors.shape[1]
     places = [place for place in range(len(desk.cell.held)) for _ in range(count)]
-    scores = made.scores
-    if scores is None:
+    if made.scores:
+        scores = made.scores()
+    else:
         scores = desk.cell.tested(made.vectors.flatten(0, 1), places, trial=made.trial).view(-1, count)
     seconds = [round(middle - start, 1), round(time.perf_counter() - middle, 1)]
     return {"scores": scores.tolist(), "told": made.told, "seconds": seconds}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import small_cells
 import torch
 from learning import reader
+from lorahub.generate.sentences import unit_means
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,14 +129,21 @@ def test_hits_are_counted_one_text_at_a_time() -> None:
 
 def _tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     words = ["", "yes", "no", *"abcdefgh"]
-    rows = [torch.tensor([words.index(word) for word in said.split()]) for said in texts]
+    rows = [torch.tensor([words.index(word) for word in said.replace(",", " ").split()]) for said in texts]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return ids, (ids > 0).long()
+
+
+@torch.no_grad()
+def _embedded(encoder: Any, texts: Sequence[str]) -> Tensor:
+    ids, mask = _tokens(texts)
+    return unit_means(encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
 
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A cell of ten tasks with two labels, on a small encoder with random weights."""
+    import generation_rehearsal
     import generation_sentences
 
     tasks = tuple(
@@ -144,10 +153,13 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     pairs = [(f"{label} {word}", label) for word in "abcdefgh" for label in ("yes", "no")]
     read = ("", lambda folder, part, labels: (pairs[:12], pairs[12:]))
-    model = SimpleNamespace(encoder=reader().model.eval().requires_grad_(False), tokens=_tokens)
+    encoder = reader().model.eval().requires_grad_(False)
+    model = SimpleNamespace(encoder=encoder, tokens=_tokens, embed=partial(_embedded, encoder))
     monkeypatch.setattr(generation_sentences, "every_task", lambda: tasks)
     monkeypatch.setattr(generation_sentences, "READERS", dict.fromkeys(("request", "desk", "alone"), read))
     monkeypatch.setattr(generation_sentences, "SentenceModel", lambda: model)
+    monkeypatch.setattr(generation_sentences, "_meanings", lambda: {"yes": "a b, yes h", "no": "c d, no h"})
+    monkeypatch.setattr(generation_rehearsal, "text", lambda: small_cells.Words("text", 8))
     return small_cells.hardly_trained("sentences", tmp_path, monkeypatch)
 
 
@@ -162,6 +174,23 @@ def test_sentences_to_learn_from_and_to_be_tested_on_are_apart(small: Any) -> No
     assert len(ids) == 12
     assert not ids & {tuple(row.tolist()) for row in world.tests(0, 4).ids[:4]}
     assert {tuple(row.tolist()) for row in world.probes(0, 4).ids[:4]} <= ids
+
+
+def test_rehearsal_leaves_out_what_a_task_is_tested_on(small: Any) -> None:
+    lesson = small.world.lesson(0)
+    texts = {tuple(row[row > 0].tolist()) for row in lesson.ids[:-2]}
+    said, _ = _tokens(["a b", "c d"])
+    assert {tuple(row.tolist()) for row in said} <= texts
+    assert not texts & {tuple(row[row > 0].tolist()) for row in _tokens(["yes h", "no h"])[0]}  # test sentences
+
+
+def test_what_the_base_is_told_is_measured_as_by_hand(small: Any) -> None:
+    world = small.world
+    labels, pairs = ("yes", "no"), world._data(0).test[:4]
+    names, meant = world._model.embed(labels), world._model.embed(["a b, yes h", "c d, no h"])
+    centres = nn.functional.normalize(names + meant, dim=1)
+    found = [labels[int((world._model.embed([said]) @ centres.T).argmax())] == label for said, label in pairs]
+    assert world.without_adapter(0, 4) == pytest.approx(sum(found) / 4)
 
 
 def test_a_cell_is_measured_once_and_packed(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
