@@ -288,18 +288,21 @@ def experts(
     return Experts(recipe, trainer.layout, made["vectors"])
 
 
-def multitask(room: Room, base: Base, domains: Sequence[Domain], effort: Effort, *, seed: int = 0) -> Tensor:
-    """One adapter for all the domains mixed: (size,)."""
+def multitask(
+    room: Room, base: Base, domains: Sequence[Domain], effort: Effort, *, seed: int = 0, trainer: Trainer | None = None
+) -> Tensor:
+    """One adapter for all the domains mixed, in the trainer's layout: (size,)."""
+    trainer = trainer or trainer_of(base)
     recipe: dict[str, Any] = {
         "base": base.recipe,
         "domains": [asdict(one) for one in domains],
         "effort": effort.multitask,
         "seed": seed,
-        "rank": [RANK, SCALE, RATE],
+        "rank": [trainer.rank, SCALE, RATE],
         "version": 1,
     }
     draw = mixture(domains, effort.multitask[1])
-    return room.tensors("multitask", recipe, lambda: trainer_of(base).one(draw, effort, seed=seed))["vector"]
+    return room.tensors("multitask", recipe, lambda: trainer.one(draw, effort, seed=seed))["vector"]
 
 
 def trainer_of(base: Base) -> Trainer:

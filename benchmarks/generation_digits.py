@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from digits_tasks import Domain, described_domains, split, turned_domains, turned_split
-from digits_world import FULL, QUICK, Base, Labelled, base, drawing, experts, hits, multitask, reading
+from digits_world import FULL, QUICK, Base, Labelled, base, drawing, experts, hits, multitask, reading, trainer_of
 from generation_room import Room
-from generation_training import Experts
+from generation_training import Experts, Trainer
 from generation_world import Draw, Loss, Plan, Setting, Split
 from torch import Tensor, nn
 
@@ -63,8 +63,13 @@ class DigitTasks:
         start, seed = self.setting.start, self.setting.seed
         return experts(self.room, self.base, self.tasks, self.plan.effort, start=start, seed=seed)
 
-    def multitask(self) -> Tensor:
-        return multitask(self.room, self.base, self._taught, self.plan.effort, seed=self.setting.seed)
+    @property
+    def trainer(self) -> Trainer:
+        return trainer_of(self.base)
+
+    def multitask(self, trainer: Trainer | None = None) -> Tensor:
+        seed = self.setting.seed
+        return multitask(self.room, self.base, self._taught, self.plan.effort, seed=seed, trainer=trainer)
 
     def learning(self, task: int, size: int) -> Draw:
         return drawing(self.tasks[task]).learning(size)

@@ -213,21 +213,21 @@ class StyleTasks:
         start, seed, effort = self.setting.start, self.setting.seed, self.plan.effort
         recipe = self._recipe(self.tasks, effort=[effort.experts, effort.checkpoints, effort.every], start=start)
         draws = {one.name: self.studio.training(one.style, effort.experts[1]) for one in self.tasks}
-        made = self.room.tensors(
-            "experts", recipe, lambda: self._trainer.experts(draws, effort, start=start, seed=seed)
-        )
-        return Experts(recipe, self._trainer.layout, made["vectors"])
+        made = self.room.tensors("experts", recipe, lambda: self.trainer.experts(draws, effort, start=start, seed=seed))
+        return Experts(recipe, self.trainer.layout, made["vectors"])
 
-    def multitask(self) -> Tensor:
+    def multitask(self, trainer: Trainer | None = None) -> Tensor:
+        trainer = trainer or self.trainer
         effort, taught = self.plan.effort, [self.tasks[place] for place in self.split.taught]
-        recipe, size = self._recipe(taught, effort=effort.multitask), effort.multitask[1]
+        size = effort.multitask[1]
+        recipe = self._recipe(taught, effort=effort.multitask, rank=[trainer.rank, SCALE, RATE])
         draws = [self.studio.training(one.style, 1) for one in taught]
 
         def draw(step: int, chance: torch.Generator) -> Noised:
             chosen = torch.randint(len(draws), (size,), generator=chance).tolist()
             return joined([draws[place](step, chance) for place in chosen])
 
-        made = self.room.tensors("multitask", recipe, lambda: self._trainer.one(draw, effort, seed=self.setting.seed))
+        made = self.room.tensors("multitask", recipe, lambda: trainer.one(draw, effort, seed=self.setting.seed))
         return made["vector"]
 
     def learning(self, task: int, size: int) -> Draw:
@@ -244,7 +244,7 @@ class StyleTasks:
         return Studio(self.pictures)
 
     @cached_property
-    def _trainer(self) -> Trainer:
+    def trainer(self) -> Trainer:
         return Trainer(
             BASE, self.model, linear_paths(self.model, LAYERS), flow_matching, RANK, SCALE, RATE,
             component=self.component, autocast=True, together=8,

@@ -364,6 +364,9 @@ def made_by(name: str, desk: Desk) -> Made:
 def rows(cell: Cell) -> list[Row]:
     """The rows of a cell."""
     some = ROWS + (STRANGE_ROWS if all(one.strange for one in cell.held) else ())
+    from generation_ranks import RANK_ROWS
+
+    some += RANK_ROWS
     if cell.setting.world == "sentences":
         from generation_rehearsal import REHEARSAL_ROWS
 

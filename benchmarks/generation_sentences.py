@@ -221,14 +221,12 @@ class SentenceTasks:
             start=start,
         )
         draws = {one.name: self.learning(place, effort.experts[1]) for place, one in enumerate(self.tasks)}
-        made = self.room.tensors(
-            "experts", recipe, lambda: self._trainer.experts(draws, effort, start=start, seed=seed)
-        )
-        return Experts(recipe, self._trainer.layout, made["vectors"])
+        made = self.room.tensors("experts", recipe, lambda: self.trainer.experts(draws, effort, start=start, seed=seed))
+        return Experts(recipe, self.trainer.layout, made["vectors"])
 
-    def multitask(self) -> Tensor:
-        effort, taught = self.plan.effort, self.split.taught
-        recipe = self._recipe(taught, effort=effort.multitask, parts=PARTS)
+    def multitask(self, trainer: Trainer | None = None) -> Tensor:
+        effort, taught, trainer = self.plan.effort, self.split.taught, trainer or self.trainer
+        recipe = self._recipe(taught, effort=effort.multitask, parts=PARTS, rank=[trainer.rank, SCALE, RATE])
         draws = [self.learning(place, effort.multitask[1] // PARTS) for place in taught]
 
         def draw(step: int, chance: torch.Generator) -> list[Sorting]:
@@ -236,7 +234,7 @@ class SentenceTasks:
             return [draws[place](step, chance) for place in chosen]
 
         def make() -> dict[str, Tensor]:
-            return self._trainer.one(draw, effort, seed=self.setting.seed, loss=several)
+            return trainer.one(draw, effort, seed=self.setting.seed, loss=several)
 
         return self.room.tensors("multitask", recipe, make)["vector"]
 
@@ -293,7 +291,7 @@ class SentenceTasks:
         return SentenceModel()
 
     @cached_property
-    def _trainer(self) -> Trainer:
+    def trainer(self) -> Trainer:
         paths = linear_paths(self.model, LAYERS)
         return Trainer(BASE, self.model, paths, label_names, RANK, SCALE, RATE, autocast=True, together=self.together)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from generation_room import Room
-    from generation_training import Effort, Experts
+    from generation_training import Effort, Experts, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 Name = Literal["A", "B", "turns", "sentences", "pictures"]
@@ -136,8 +136,12 @@ class World(Protocol):
     def experts(self) -> Experts:
         """An expert for every task; those of held-out ones are oracles."""
 
-    def multitask(self) -> Tensor:
-        """One adapter for all taught tasks, in the layout of the experts: (size,)."""
+    @property
+    def trainer(self) -> Trainer:
+        """Of the experts."""
+
+    def multitask(self, trainer: Trainer | None = None) -> Tensor:
+        """One adapter for all taught tasks, in the layout of the trainer, by default the experts': (size,)."""
 
     def learning(self, task: int, size: int) -> Draw:
         """Draws batches of `size` of a task's samples to learn from."""
