@@ -34,7 +34,7 @@ def _oracle(desk: Desk) -> Made:
 
 
 def _row(name: str, make: Callable[[Desk], Made], *, peeks: bool = False) -> Row:
-    return Row(f"{name}, of the hypernetwork's rank", make, ablation=True, peeks=peeks)
+    return Row(f"{name}, of the hypernetwork's rank", make, only=("A", "B", "turns"), peeks=peeks)
 
 
 RANK_ROWS = (_row("multi-task adapter", _everything), _row("oracle", _oracle, peeks=True))

@@ -54,13 +54,14 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A row. once: in the digits world only in the first cell of a base, whose experts began at one point. ablation:
-    there alone. peeks: at held-out samples. version: of its method; what an older one measured is not taken."""
+    """A row. once: in the digits world only in the first cell of a base, whose experts began at one point. only: bases of
+    digits in whose first cells it is made, and nowhere else. peeks: at held-out samples. version: of its method; what
+    an older one measured is not taken."""
 
     name: str
     make: Callable[[Desk], Made]
     once: bool = False
-    ablation: bool = False
+    only: tuple[str, ...] = ()
     peeks: bool = False
     version: int = 3
 
@@ -344,9 +345,9 @@ ROWS = (
     Row(HYPER, _hyper(), version=4),
     Row(HYPER_WRONG, _hyper(wrong=True), version=4),
     Row("hypernetwork, cut to the experts' rank", _hyper(cut=True), once=True, version=4),
-    Row("hypernetwork, sentence vectors", _hyper("sentences"), ablation=True, version=4),
-    Row("hypernetwork, its reader not fitted to transfer", _hyper(fitted_reader=False), ablation=True, version=4),
-    Row("hypernetwork, from the multi-task adapter", _hyper(from_everything=True), ablation=True, version=4),
+    Row("hypernetwork, sentence vectors", _hyper("sentences"), only=("B",), version=4),
+    Row("hypernetwork, its reader not fitted to transfer", _hyper(fitted_reader=False), only=("B",), version=4),
+    Row("hypernetwork, from the multi-task adapter", _hyper(from_everything=True), only=("B",), version=4),
     Row("best expert in hindsight", _hindsight, peeks=True),
     Row(ORACLE, _oracle, peeks=True),
 )
@@ -371,8 +372,10 @@ def rows(cell: Cell) -> list[Row]:
         from generation_rehearsal import REHEARSAL_ROWS
 
         some += REHEARSAL_ROWS
-    digits, first = cell.setting.world == "digits", cell.setting == Setting(cell.setting.base, "shared", 0, 0)
-    return [row for row in some if (first or not digits or not row.once) and ((first and digits) or not row.ablation)]
+    base = cell.setting.base
+    first = cell.setting == Setting(base, "shared", 0, 0)
+    there = (row for row in some if first or cell.setting.world != "digits" or not row.once)
+    return [row for row in there if not row.only or (first and base in row.only)]
 
 
 def measure(desk: Desk, row: Row) -> dict[str, Any]:
