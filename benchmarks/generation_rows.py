@@ -54,9 +54,9 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A row. once: in the digits world only in the first cell of a base, whose experts began at one point. only: bases of
-    digits in whose first cells it is made, and nowhere else. peeks: at held-out samples. version: of its method; what
-    an older one measured is not taken."""
+    """A row. once: in the digits world only in the first cell of a base, whose experts began at one point. only: bases
+    of digits in whose first cells it is made, and nowhere else. peeks: at held-out samples. version: of its method;
+    what an older one measured is not taken."""
 
     name: str
     make: Callable[[Desk], Made]
