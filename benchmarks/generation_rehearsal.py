@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, cast
 
 import torch
-from generation_rows import HYPER, Desk, Made, Row, made_by
+from generation_rows import Desk, Made, Row, made_by
 from generation_sentences import SentenceTasks, names
 from lorahub.generate.experts import Pupil, first_down
 from lorahub.generate.hypernet import Trial
@@ -20,7 +20,7 @@ from lorahub.generate.rehearsal import rehearsed
 from lorahub.index.encoders.text import text
 from torch import Tensor
 
-Start = Literal["nothing", "multi-task", "hypernetwork"]
+Start = Literal["nothing", "multi-task", "blend of deltas", "hypernetwork"]
 
 
 def _rehearsed(start: Start, *, wrong: bool = False) -> Callable[[Desk], Made]:
@@ -32,16 +32,16 @@ def _rehearsed(start: Start, *, wrong: bool = False) -> Callable[[Desk], Made]:
         if wrong:
             places = places[len(places) // 2 :] + places[: len(places) // 2]
         trial = begun.trial or desk.cell.trial
-        columns = [_practised(desk, trial, some, places) for some in begun.vectors.unbind(dim=1)]
-        return begun._replace(vectors=torch.stack(columns, dim=1))
+        return begun._replace(vectors=_practised(desk, trial, begun.vectors[:, 0], places)[:, None])
 
     return make
 
 
 def _begun(desk: Desk, start: Start) -> Made:
-    """Where rehearsal begins: (held, 1 or queries, size)."""
-    if start == "hypernetwork":
-        return made_by(HYPER, desk)
+    """Where rehearsal begins, (held, 1, size); what a generator makes is asked for with the first query."""
+    if start in ("hypernetwork", "blend of deltas"):
+        made = made_by(start, desk)
+        return made._replace(vectors=made.vectors[:, :1])
     vector = desk.cell.everything if start == "multi-task" else _nothing(desk.cell.layout)
     return Made(vector.expand(len(desk.cell.held), 1, -1))
 
@@ -85,6 +85,7 @@ REHEARSAL_ROWS = (
     Row("nearest expert, told what the labels mean", _nearest),
     Row("rehearsal, from nothing", _rehearsed("nothing"), version=5),
     Row(REHEARSED, _rehearsed("multi-task"), version=5),
+    Row("rehearsal, from the blend of deltas", _rehearsed("blend of deltas"), version=5),
     Row("rehearsal, from the hypernetwork's", _rehearsed("hypernetwork"), version=5),
     Row(REHEARSED_WRONG, _rehearsed("multi-task", wrong=True), version=5),
 )
