@@ -45,6 +45,9 @@ def generate(
             "then rehearses these words on the packaged sentence model.",
         ),
     ] = None,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", metavar="FILE", help="Such labels in a file, one a line.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for generators that draw at random.")] = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="Adapter to leave out; may be repeated.")] = None,
     model: Annotated[
@@ -73,17 +76,17 @@ def generate(
         check_name(catalog, name, out)
         encoder = text(model)
         library = open_library(catalog, encoder, base=base, exclude=exclude or ())
-        labels = _labels(str(library.base), label or ())
+        words = _labels(str(library.base), label or (), labels)
         method, why, generator = _chosen(catalog, library, method, given, exclude or ())
-        words, how = ranker(catalog.home, str(library.base), encoder)
+        ranked_by, how = ranker(catalog.home, str(library.base), encoder)
         made = generate_adapter(
-            library, description, encoder, method=method, seed=seed, given=given, ranker=words, force=force,
+            library, description, encoder, method=method, seed=seed, given=given, ranker=ranked_by, force=force,
             learned=_with_words(generator, encoder),
         )  # fmt: skip
         ranked = how if generator is None else "by the fitted generator itself"
         facts: dict[str, Any] = {"description": description, "method": method, "why": why, "base": library.base}
         facts |= {"seed": seed, "options": given, "ranked": ranked, "versions": versions()}
-        made, facts["rehearsal"] = _rehearsed(made, labels)
+        made, facts["rehearsal"] = _rehearsed(made, words)
         facts |= _figures(catalog, library, made, method)
         path = out
         if not dry_run:
@@ -126,15 +129,15 @@ def _chosen(
     return method, why, load(generator_path(catalog.home, base, method))
 
 
-def _labels(base: str, said: Sequence[str]) -> list[Label]:
+def _labels(base: str, said: Sequence[str], file: Path | None) -> list[Label]:
     """What is to be rehearsed. Raises BadOption for a base whose adapters do not sort sentences."""
-    if not said:
+    if not said and file is None:
         return []
-    from ..generate.rehearsal import checked, read_label
+    from ..generate.rehearsal import checked, label_file, read_label
     from .measures import check_sentence_base
 
-    check_sentence_base(base, "--label has words rehearsed on", "leave --label out")
-    return checked([read_label(one) for one in said])
+    check_sentence_base(base, "labels' words are rehearsed on", "leave --label and --labels out")
+    return checked([*map(read_label, said), *(label_file(file) if file else ())])
 
 
 def _rehearsed(made: Generated, labels: Sequence[Label]) -> tuple[Generated, dict[str, Any] | None]:

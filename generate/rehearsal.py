@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..hub.adapter import Adapter
-from ..hub.errors import BadOption
+from ..hub.errors import BadOption, FormatError
 from .experts import cosine
 from .hypernet import Trial
 from .layout import Layout
@@ -50,6 +51,26 @@ def read_label(said: str) -> Label:
     if not name or not meaning:
         raise BadOption(f"label {said!r}: expected NAME: MEANING, such as 'billing: asks about an invoice'")
     return Label(name, meaning)
+
+
+def label_file(path: Path) -> list[Label]:
+    """The labels of a file, one a line; empty lines and those that begin with # say nothing.
+
+    Raises FormatError for a file that cannot be read, BadOption with the line's number for one that is no label.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FormatError(f"{path}: cannot be read ({reason}); expected lines NAME: MEANING in UTF-8") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            try:
+                found.append(read_label(line))
+            except BadOption as error:
+                raise BadOption(f"{path}, line {number}: {error}") from None
+    return found
 
 
 def texts(meaning: str) -> list[str]:

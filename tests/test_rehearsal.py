@@ -12,10 +12,10 @@ from commands import typed
 from lorahub.generate.experts import cosine
 from lorahub.generate.hypernet import Trial
 from lorahub.generate.layout import Layout
-from lorahub.generate.rehearsal import Label, checked, lesson, read_label, rehearse, rehearsed, texts
+from lorahub.generate.rehearsal import Label, checked, label_file, lesson, read_label, rehearse, rehearsed, texts
 from lorahub.generate.sentences import SentenceModel, SentenceTask
 from lorahub.hub.adapter import Adapter
-from lorahub.hub.errors import BadOption, IncompatibleAdapters, LoraHubError
+from lorahub.hub.errors import BadOption, FormatError, IncompatibleAdapters, LoraHubError
 from lorahub.hub.lowrank import LowRank
 from lorahub.hub.reading import read
 from torch import Tensor, nn
@@ -57,6 +57,19 @@ def test_a_label_is_read_at_its_first_colon() -> None:
     for said in ("billing", "billing:", ": asks", ""):
         with pytest.raises(BadOption, match="expected NAME: MEANING"):
             read_label(said)
+
+
+def test_a_file_of_labels_is_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("# piles\n\none: of them\n  two :of: these\n", encoding="utf-8")
+    assert label_file(path) == [Label("one", "of them"), Label("two", "of: these")]
+    path.write_text("one: of them\nnothing\n", encoding="utf-8")
+    with pytest.raises(BadOption, match=r"labels\.txt, line 2: label 'nothing': expected NAME: MEANING"):
+        label_file(path)
+    path.write_bytes(b"one: \xff\n")
+    for bad in (path, tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FormatError, match=rf"{bad}: cannot be read \(.*expected lines NAME: MEANING"):
+            label_file(bad)
 
 
 def test_a_meaning_is_rehearsed_whole_in_parts_and_without_the_first_words() -> None:
@@ -180,7 +193,8 @@ def test_generate_rehearses_its_labels(tmp_path: Path, monkeypatch: pytest.Monke
     code, said, _ = typed(*asked, plain)
     assert code == 0
     assert json.loads(said)["rehearsal"] is None
-    code, said, _ = typed(*asked, out, *labels)
+    (tmp_path / "labels.txt").write_text(f"{LABELS[2].name}: {LABELS[2].meaning}\n", encoding="utf-8")
+    code, said, _ = typed(*asked, out, *labels[:4], "--labels", tmp_path / "labels.txt")
     told = json.loads(said)["rehearsal"]
     assert code == 0
     assert [Label(**label) for label in told["labels"]] == LABELS
