@@ -37,17 +37,8 @@ def generate(
         typer.Option(help="blend, nearest, or a fitted kind (semantic, icm, hyper); default: the best there is."),
     ] = None,
     option: options.Method = None,
-    label: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME: MEANING",
-            help="A label that sentences are to be sorted under, and what belongs there; may be repeated. The adapter "
-            "then rehearses these words on the packaged sentence model.",
-        ),
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option("--labels", metavar="FILE", help="Such labels in a file, one a line.")
-    ] = None,
+    label: options.Label = None,
+    labels: options.Labels = None,
     seed: Annotated[int, typer.Option(help="Seed for generators that draw at random.")] = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="Adapter to leave out; may be repeated.")] = None,
     model: Annotated[
@@ -68,7 +59,6 @@ def generate(
     from ..generate.run import generate as generate_adapter
     from ..hub.writing import ready, save
     from ..index.encoders.text import text
-    from ..index.own_similarity import ranker
     from . import show
 
     given = options.pairs(option)
@@ -78,20 +68,18 @@ def generate(
         library = open_library(catalog, encoder, base=base, exclude=exclude or ())
         words = _labels(str(library.base), label or (), labels)
         method, why, generator = _chosen(catalog, library, method, given, exclude or ())
-        ranked_by, how = ranker(catalog.home, str(library.base), encoder)
+        ranked_by, how = _ranker(catalog, library, generator, encoder)
         made = generate_adapter(
             library, description, encoder, method=method, seed=seed, given=given, ranker=ranked_by, force=force,
             learned=_with_words(generator, encoder),
         )  # fmt: skip
-        ranked = how if generator is None else "by the fitted generator itself"
-        facts: dict[str, Any] = {"description": description, "method": method, "why": why, "base": library.base}
-        facts |= {"seed": seed, "options": given, "ranked": ranked, "versions": versions()}
-        made, facts["rehearsal"] = _rehearsed(made, words)
+        made, rehearsal = _rehearsed(made, words)
+        asked = {"description": description, "method": method, "why": why, "base": library.base, "seed": seed}
+        facts: dict[str, Any] = {**asked, "options": given, "ranked": how, "rehearsal": rehearsal}
         facts |= _figures(catalog, library, made, method)
         path = out
         if not dry_run:
-            stored = ready(made.adapter, dtype_of(dtype))
-            target = to or fitting_format(made.adapter)
+            stored, target = ready(made.adapter, dtype_of(dtype)), to or fitting_format(made.adapter)
             path = save(stored, out, target, force=force, card=lambda: _card(description, facts, made))
             _enter(catalog, path, name, facts, _parents(catalog, made, generator))
     if json:
@@ -127,6 +115,16 @@ def _chosen(
     if exclude:
         raise BadOption(f"--exclude has no effect on {method}, which was fitted to all; fit it anew, or use blend")
     return method, why, load(generator_path(catalog.home, base, method))
+
+
+def _ranker(
+    catalog: Catalog, library: Library, generator: Learned | None, encoder: TextEncoder
+) -> tuple[TextEncoder | None, str]:
+    """What ranks experts where no fitted generator does, and by what they are ranked, in words."""
+    from ..index.own_similarity import ranker
+
+    found, how = ranker(catalog.home, str(library.base), encoder)
+    return found, how if generator is None else "by the fitted generator itself"
 
 
 def _labels(base: str, said: Sequence[str], file: Path | None) -> list[Label]:
@@ -189,7 +187,7 @@ def _figures(catalog: Catalog, library: Library, made: Generated, method: str) -
     known = estimate(stored(catalog.home, str(library.base)), method, made.similarity)
     several = gathered_checkpoints(catalog, str(library.base))
     return {
-        "experts": [asdict(one) for one in made.experts],
+        "versions": versions(), "experts": [asdict(one) for one in made.experts],
         "similarity": made.similarity, "close": library.close, "forced": made.forced,
         "novelty": made.novelty, "novelty_in_spreads": _distance_told(made, several),
         "estimate": asdict(known) if known else None,

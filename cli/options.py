@@ -31,6 +31,15 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: the inputs'.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="alpha for files that do not store one.")]
 Method = Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="An option of the method.")]
+Label = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME: MEANING",
+        help="A label that sentences are to be sorted under, and what belongs there; may be repeated. The adapter then "
+        "rehearses these words on the packaged sentence model.",
+    ),
+]
+Labels = Annotated[Path | None, typer.Option(metavar="FILE", help="Such labels in a file, one a line.")]
 Weights = Annotated[
     list[float] | None, typer.Option("--weight", "-w", help="Weights in the adapters' order, or one for all.")
 ]

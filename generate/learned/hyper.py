@@ -136,23 +136,19 @@ def hyper(
 
     Raises BadOption for options outside their range, GenerationError for an expert without batches.
     """
-    positive = {"steps": steps, "tasks": tasks, "rate": rate, "code": code, "hidden": hidden, "heads": heads}
-    for name, value in (positive | {"channels": channels, "rank": rank, "members": members}).items():
-        if not value > 0:
-            raise BadOption(f"{name} is {value}; expected a number above 0")
+    sides = {"code": code, "hidden": hidden, "heads": heads, "channels": channels, "rank": rank}
+    _check_positive(steps=steps, tasks=tasks, rate=rate, members=members, **sides)
     if min(moving, noise, shrink) < 0 or not 0 <= dropped < 1:
         raise BadOption("moving, noise and shrink are at least 0, dropped a share below 1")
     width = token_width(school.space, school.vectors[0].shape[1])
     states = shortened([parted(some, width) for some in school.vectors])
     last = torch.stack([some[-1] for some in school.weights])
-    if start is not None and start.shape != (school.layout.size,):
-        raise BadOption(f"start has shape {tuple(start.shape)}; expected ({school.layout.size},)")
+    _check_start(start, school.layout)
     if similarity is not None:
         code, heads, channels = similarity.sizes
     sizes, wide = Sizes(width, heads, channels, code, hidden, rank), school.layout.widened(rank)
     trial, fits, losses = Trial(practice.model, wide, practice.component), [], []
-    for member in range(members):
-        chance = seed if member == 0 else int(generator(seed, f"member {member}").initial_seed())
+    for member, chance in enumerate(_seeds(seed, members)):
         network = _begun(sizes, wide, torch.cat(states), similarity, chance)
         opening(network, school.layout, last, start, generator(chance, "bases"))
         drill = Drill(steps, tasks, rate, moving, noise, dropped, shrink, chance)
@@ -164,6 +160,22 @@ def hyper(
     weights = tuple({name: part.detach().clone() for name, part in one.state_dict().items()} for one in fits)
     origin = school.origin(steps=steps, seed=seed, loss=sum(losses) / len(losses), near=threshold(said))
     return Hyper(school.layout, origin, school.names, sizes, weights, directions(said), last)
+
+
+def _check_start(start: Tensor | None, layout: Layout) -> None:
+    if start is not None and start.shape != (layout.size,):
+        raise BadOption(f"start has shape {tuple(start.shape)}; expected ({layout.size},)")
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not value > 0:
+            raise BadOption(f"{name} is {value}; expected a number above 0")
+
+
+def _seeds(seed: int, members: int) -> list[int]:
+    """The first member's is the fit's own."""
+    return [seed, *(generator(seed, f"member {member}").initial_seed() for member in range(1, members))]
 
 
 def _told(progress: Callable[[int, float], None], before: int, step: int, loss: float) -> None:
