@@ -298,7 +298,7 @@ def multitask(
         "domains": [asdict(one) for one in domains],
         "effort": effort.multitask,
         "seed": seed,
-        "rank": [trainer.rank, SCALE, RATE],
+        "rank": [trainer.rank, trainer.scale, trainer.rate],
         "version": 1,
     }
     draw = mixture(domains, effort.multitask[1])

@@ -125,19 +125,20 @@ def first_of(some: Sequence[Setting], key: Callable[[Setting], object]) -> Itera
 def run(some: Sequence[Setting], plan: Plan, room: Path, sources: Sources, workers: int) -> dict[str, Any]:
     """Trains, measures; everything that is known afterwards."""
     from generation_tables import bars, tables
+    from generation_world import adjusted
 
-    start = time.perf_counter()
+    start, plans = time.perf_counter(), {one: adjusted(plan, one) for one in some}
     with crew(workers) as pool:
         digits = [one for one in some if one.world == "digits"]  # whose bases are trained here
         bases = first_of(digits, lambda one: one.split if one.base == "B" else "A")
         libraries = first_of(some, lambda one: (one.base, one.start, one.seed, one.split if one.base == "B" else 0))
         for what, wanted in (("base", bases), ("experts", libraries)):
-            for done in [pool.submit(prepared, one, plan, room, sources, what) for one in wanted]:
+            for done in [pool.submit(prepared, one, plans[one], room, sources, what) for one in wanted]:
                 print(f"  {done.result()}", flush=True)
         cells = []
-        open_world = [pool.submit(measured, one, plan, room, sources) for one in some]
+        open_world = [pool.submit(measured, one, plans[one], room, sources) for one in some]
         first = [one for one in some if (one.split, one.seed) == (0, 0)]
-        packs = {str(one): pool.submit(closed, one, plan, room, sources) for one in first}
+        packs = {str(one): pool.submit(closed, one, plans[one], room, sources) for one in first}
         for one, future in zip(some, open_world, strict=True):
             cells.append(future.result())
             print(f"  {one}: measured, {time.perf_counter() - start:.0f} s after the start", flush=True)
@@ -145,7 +146,7 @@ def run(some: Sequence[Setting], plan: Plan, room: Path, sources: Sources, worke
     found = tables(cells)
     return {
         "world": some[0].world,
-        "plan": asdict(plan),
+        "plans": {one.base: asdict(plans[one]) for one in some},
         "tables": found,
         "bars": bars(found),
         "closed": lines,

@@ -220,7 +220,7 @@ class StyleTasks:
         trainer = trainer or self.trainer
         effort, taught = self.plan.effort, [self.tasks[place] for place in self.split.taught]
         size = effort.multitask[1]
-        recipe = self._recipe(taught, effort=effort.multitask, rank=[trainer.rank, SCALE, RATE])
+        recipe = self._recipe(taught, effort=effort.multitask, rank=[trainer.rank, trainer.scale, trainer.rate])
         draws = [self.studio.training(one.style, 1) for one in taught]
 
         def draw(step: int, chance: torch.Generator) -> Noised:

@@ -11,8 +11,10 @@ from generation_training import Trainer
 
 
 def _trainer(cell: Cell) -> Trainer:
-    """The world's, at the rank of what the hypernetwork makes."""
-    return replace(cell.world.trainer, rank=cell.plan.hyper_rank * cell.plan.hyper_members)
+    """The world's, at the rank of what the hypernetwork makes, and scaled down as that rank wants it (rsLoRA,
+    arXiv 2312.03732)."""
+    known, rank = cell.world.trainer, cell.plan.hyper_rank * cell.plan.hyper_members
+    return replace(known, rank=rank, scale=known.scale * (known.rank / rank) ** 0.5)
 
 
 def _everything(desk: Desk) -> Made:
@@ -23,7 +25,9 @@ def _everything(desk: Desk) -> Made:
 
 def _oracle(desk: Desk) -> Made:
     cell, trainer, effort = desk.cell, _trainer(desk.cell), desk.cell.plan.effort
-    recipe = cell.recipe(oracles=trainer.rank, held=cell.split.held, effort=[effort.experts, effort.every])
+    recipe = cell.recipe(
+        oracles=[trainer.rank, trainer.scale], held=cell.split.held, effort=[effort.experts, effort.every]
+    )
     draws = {one.task.name: cell.world.learning(one.place, effort.experts[1]) for one in cell.held}
     made = cell.room.tensors(
         "oracles",
@@ -34,7 +38,7 @@ def _oracle(desk: Desk) -> Made:
 
 
 def _row(name: str, make: Callable[[Desk], Made], *, peeks: bool = False) -> Row:
-    return Row(f"{name}, of the hypernetwork's rank", make, only=("A", "B", "turns"), peeks=peeks)
+    return Row(f"{name}, of the hypernetwork's rank", make, only=("A", "B", "turns"), peeks=peeks, version=4)
 
 
 RANK_ROWS = (_row("multi-task adapter", _everything), _row("oracle", _oracle, peeks=True))

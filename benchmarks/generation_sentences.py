@@ -226,7 +226,9 @@ class SentenceTasks:
 
     def multitask(self, trainer: Trainer | None = None) -> Tensor:
         effort, taught, trainer = self.plan.effort, self.split.taught, trainer or self.trainer
-        recipe = self._recipe(taught, effort=effort.multitask, parts=PARTS, rank=[trainer.rank, SCALE, RATE])
+        recipe = self._recipe(
+            taught, effort=effort.multitask, parts=PARTS, rank=[trainer.rank, trainer.scale, trainer.rate]
+        )
         draws = [self.learning(place, effort.multitask[1] // PARTS) for place in taught]
 
         def draw(step: int, chance: torch.Generator) -> list[Sorting]:

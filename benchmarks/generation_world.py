@@ -7,7 +7,7 @@ digits, sentences and pictures stands behind `World`; cells, rows and tables see
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -177,3 +177,10 @@ def plan_of(world: str, *, quick: bool) -> Plan:
     else:
         from generation_digits import BRIEF, PLAN
     return BRIEF if quick else PLAN
+
+
+def adjusted(plan: Plan, setting: Setting) -> Plan:
+    """A world's plan with what the base of a setting needs beside."""
+    from generation_digits import HYPER
+
+    return replace(plan, **HYPER.get(setting.base, {}))
