@@ -280,3 +280,16 @@ def test_shares_are_of_the_gain_over_all_held_out_tasks() -> None:
     met = {one["bar"]: one["met"] for one in bars(tables(cells), rivals=("nearest expert",))}
     assert met["A: hypernetwork recovers 50%"]
     assert met["A: hypernetwork beats nearest expert by more than the spread"]
+
+
+def test_a_base_has_options_of_its_own_and_others_have_the_plans() -> None:
+    from generation import settings
+    from generation_digits import HYPER, PLAN
+    from generation_world import adjusted
+
+    for one in settings(2, 1, quick=False):
+        plan = adjusted(PLAN, one)
+        own = HYPER.get(one.base, {})
+        assert {name: getattr(plan, name) for name in own} == own
+        assert replace(plan, **{name: getattr(PLAN, name) for name in own}) == PLAN
+    assert adjusted(PLAN, settings(1, 1, quick=False)[0]) == PLAN
