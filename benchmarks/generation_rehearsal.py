@@ -13,14 +13,14 @@ from typing import Literal, cast
 import torch
 from generation_rows import Desk, Made, Row, made_by
 from generation_sentences import SentenceTasks, names
-from lorahub.generate.experts import Pupil, first_down
+from lorahub.generate.cores import mean_delta, widened
 from lorahub.generate.hypernet import Trial
-from lorahub.generate.layout import Layout
-from lorahub.generate.rehearsal import rehearsed
+from lorahub.generate.rehearsal import afresh, rehearsed
 from lorahub.index.encoders.text import text
 from torch import Tensor
 
 Start = Literal["nothing", "multi-task", "blend of deltas", "hypernetwork"]
+_PAIR: tuple[Start, Start] = ("multi-task", "nothing")
 
 
 def _rehearsed(start: Start, *, wrong: bool = False) -> Callable[[Desk], Made]:
@@ -37,22 +37,25 @@ def _rehearsed(start: Start, *, wrong: bool = False) -> Callable[[Desk], Made]:
     return make
 
 
+def _paired(*, wrong: bool = False) -> Callable[[Desk], Made]:
+    """The mean of the deltas of two that rehearse: from the multi-task adapter, and from nothing."""
+
+    def make(desk: Desk) -> Made:
+        layout = desk.cell.layout
+        pair = [_rehearsed(start, wrong=wrong)(desk).vectors[:, 0] for start in _PAIR]
+        means = torch.stack([mean_delta(torch.stack(some), layout) for some in zip(*pair, strict=True)])
+        return Made(means[:, None], desk.cell.trying(widened(layout, len(_PAIR))))
+
+    return make
+
+
 def _begun(desk: Desk, start: Start) -> Made:
     """Where rehearsal begins, (held, 1, size); what a generator makes is asked for with the first query."""
     if start in ("hypernetwork", "blend of deltas"):
         made = made_by(start, desk)
         return made._replace(vectors=made.vectors[:, :1])
-    vector = desk.cell.everything if start == "multi-task" else _nothing(desk.cell.layout)
+    vector = desk.cell.everything if start == "multi-task" else afresh(desk.cell.layout)
     return Made(vector.expand(len(desk.cell.held), 1, -1))
-
-
-def _nothing(layout: Layout) -> Tensor:
-    """An adapter before its training: `down` at chance, `up` zero."""
-    vector = torch.zeros(layout.size)
-    for place in layout.places:
-        pupil: Pupil[None] = Pupil("nobody", lambda *_: None, rank=place.rank)
-        vector[place.down] = first_down(pupil, place.name, place.inputs).flatten()
-    return vector
 
 
 def _practised(desk: Desk, trial: Trial, vectors: Tensor, places: Sequence[int]) -> Tensor:
@@ -79,13 +82,14 @@ def _nearest(desk: Desk) -> Made:
     return Made(cell.last[torch.stack([(some @ keys.T).argmax(dim=1) for some in asked])])
 
 
-REHEARSED, REHEARSED_WRONG = "rehearsal, from the multi-task adapter", "rehearsal, of another task's words"
+REHEARSED, REHEARSED_WRONG = "rehearsal, from the multi-task adapter and from nothing", "the same, another task's words"
 REHEARSAL_ROWS = (
     Row("base, told what the labels mean", _told),
     Row("nearest expert, told what the labels mean", _nearest),
     Row("rehearsal, from nothing", _rehearsed("nothing"), version=5),
-    Row(REHEARSED, _rehearsed("multi-task"), version=5),
+    Row("rehearsal, from the multi-task adapter", _rehearsed("multi-task"), version=5),
     Row("rehearsal, from the blend of deltas", _rehearsed("blend of deltas"), version=5),
     Row("rehearsal, from the hypernetwork's", _rehearsed("hypernetwork"), version=5),
-    Row(REHEARSED_WRONG, _rehearsed("multi-task", wrong=True), version=5),
+    Row(REHEARSED, _paired(), version=5),
+    Row(REHEARSED_WRONG, _paired(wrong=True), version=5),
 )
