@@ -13,7 +13,7 @@ from typing import Literal, cast
 import torch
 from generation_rows import Desk, Made, Row, made_by
 from generation_sentences import SentenceTasks, names
-from lorahub.generate.cores import mean_delta, widened
+from lorahub.generate.cores import mean_delta, sum_layout
 from lorahub.generate.hypernet import Trial
 from lorahub.generate.rehearsal import afresh, rehearsed
 from lorahub.index.encoders.text import text
@@ -44,7 +44,7 @@ def _paired(*, wrong: bool = False) -> Callable[[Desk], Made]:
         layout = desk.cell.layout
         pair = [_rehearsed(start, wrong=wrong)(desk).vectors[:, 0] for start in _PAIR]
         means = torch.stack([mean_delta(torch.stack(some), layout) for some in zip(*pair, strict=True)])
-        return Made(means[:, None], desk.cell.trying(widened(layout, len(_PAIR))))
+        return Made(means[:, None], desk.cell.trying(sum_layout(layout, len(_PAIR))))
 
     return make
 

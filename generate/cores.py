@@ -38,8 +38,8 @@ class Bases(NamedTuple):
 
 
 def mean_delta(vectors: Tensor, layout: Layout) -> Tensor:
-    """The mean of the deltas of vectors (n, size) of a layout, exactly: (size,) of `widened(layout, n)`."""
-    wide = widened(layout, len(vectors))
+    """The mean of the deltas of vectors (n, size) of a layout, exactly: (size,) of `sum_layout(layout, n)`."""
+    wide = sum_layout(layout, len(vectors))
     mean = torch.empty(wide.size, dtype=vectors.dtype)
     for narrow, place in zip(layout.places, wide.places, strict=True):
         down, up = narrow.factors(vectors)
@@ -54,7 +54,7 @@ def mean_delta(vectors: Tensor, layout: Layout) -> Tensor:
     return mean
 
 
-def widened(layout: Layout, count: int) -> Layout:
+def sum_layout(layout: Layout, count: int) -> Layout:
     """The layout of sums of `count` deltas of a layout: each module's rank is as many times as large, or its sides'."""
     return layout.reranked(lambda place: count * place.rank)
 

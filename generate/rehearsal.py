@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..hub.adapter import Adapter
 from ..hub.errors import BadOption, FormatError
-from .cores import mean_delta, widened
+from .cores import mean_delta, sum_layout
 from .experts import Pupil, cosine, first_down
 from .hypernet import Trial
 from .layout import Layout
@@ -163,6 +163,6 @@ def rehearse(
         Trial(model.encoder, layout), torch.stack([before, afresh(layout)]), label_names, [lesson(model, labels)] * 2,
         steps=steps, rate=rate, names=[adapter.name, "fresh"],
     )  # fmt: skip
-    wide, mean = widened(layout, 2), mean_delta(vectors, layout)
+    wide, mean = sum_layout(layout, 2), mean_delta(vectors, layout)
     moved = wide.error(mean_delta(torch.stack([before, before]), layout), mean)
     return Rehearsed(wide.adapter(mean, name=adapter.name), float(losses[0, 0]), float(losses[-1, 0]), moved)

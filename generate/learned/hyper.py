@@ -18,7 +18,7 @@ from torch.nn import functional
 from ...hub.errors import BadOption, FormatError, GenerationError, RetrievalError
 from ...index.transfer import Similarity, parted, shortened
 from ...index.wording import token_width
-from ..cores import mean_delta, widened
+from ..cores import mean_delta, sum_layout
 from ..experts import generator
 from ..hypernet import Drill, HyperNetwork, Practice, Sizes, Trial, opening, trained
 from ..layout import Layout
@@ -67,7 +67,7 @@ class Hyper:
     @cached_property
     def wide(self) -> Layout:
         """The layout of what it makes."""
-        return widened(self._narrow, len(self.members))
+        return sum_layout(self._narrow, len(self.members))
 
     @property
     def _narrow(self) -> Layout:
