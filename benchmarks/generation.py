@@ -124,7 +124,7 @@ def first_of(some: Sequence[Setting], key: Callable[[Setting], object]) -> Itera
 
 def run(some: Sequence[Setting], plan: Plan, room: Path, sources: Sources, workers: int) -> dict[str, Any]:
     """Trains, measures; everything that is known afterwards."""
-    from generation_tables import bars, tables
+    from generation_tables import bars, tables, task_tables
     from generation_world import adjusted
 
     start, plans = time.perf_counter(), {one: adjusted(plan, one) for one in some}
@@ -148,6 +148,7 @@ def run(some: Sequence[Setting], plan: Plan, room: Path, sources: Sources, worke
         "world": some[0].world,
         "plans": {one.base: asdict(plans[one]) for one in some},
         "tables": found,
+        "tasks": task_tables(cells),
         "bars": bars(found),
         "closed": lines,
         "cells": cells,

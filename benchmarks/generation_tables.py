@@ -12,6 +12,7 @@ from generation_rows import BASE, HYPER, HYPER_WRONG, ORACLE
 GAIN = 0.05  # of the score: tasks where the oracle gains less have no share of their own
 BARS = {"A": 0.5, "B": 0.4, "sentences": 0.5}
 BEST = {"sentences": (REHEARSED, REHEARSED_WRONG)}  # and its control with the wrong words; elsewhere the hypernetwork
+BESIDE = ("multi-task adapter", "best expert in hindsight")
 RIVALS = ("nearest expert", "blend of factors", "blend of deltas", "SG-LoRA", "ICM-LoRA, text")
 
 Found = Mapping[str, Any]
@@ -73,6 +74,21 @@ def _table(cells: Sequence[Found], best: str) -> list[dict[str, Any]]:
     return lines
 
 
+def task_tables(cells: Sequence[Found]) -> dict[str, dict[str, dict[str, float]]]:
+    """For every base and library by held-out task the shares of the best generator, its control and their rivals,
+    as means over the cells that hold the task out; tasks with little to gain are not there."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for cell in cells:
+        group = found.setdefault(f"{cell['base']}, {cell['start']}", {})
+        for row in (*best_of(cell["base"]), *BESIDE, *RIVALS):
+            for task, share in by_task(cell, row).items():
+                group.setdefault(task, {}).setdefault(row, []).append(share)
+    return {
+        name: {task: {row: round(mean(some), 4) for row, some in rows.items()} for task, rows in sorted(group.items())}
+        for name, group in found.items()
+    }
+
+
 def _spread(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
@@ -102,17 +118,24 @@ def show(report: Found) -> None:
     """All tables."""
     for name, lines in report["tables"].items():
         print(f"\n{name}: share of the oracle's gain on held-out tasks, {max(line['cells'] for line in lines)} cells")
-        print(f"{'':52} {'share':>7} {'spread':>7} {'score':>9} {'lead':>7} {'spread':>7} {'seconds':>8}")
+        print(f"{'':56} {'share':>7} {'spread':>7} {'score':>9} {'lead':>7} {'spread':>7} {'seconds':>8}")
         for line in lines:
             figures = f"{line['recovered']:7.3f} {line['spread']:7.3f} {line['score']:9.3f}"
             lead = f"{line['lead']:7.3f} {line['lead spread']:7.3f} {line['seconds']:8.1f}"
-            print(f"{line['row']:52} {figures} {lead}")
+            print(f"{line['row']:56} {figures} {lead}")
+    for name, tasks in report["tasks"].items():
+        best, wrong = best_of(name.split(", ")[0])
+        print(f"\n{name}: by task, of {best}")
+        print(f"{'':56} {'share':>7} {'wrong':>7} {'multi':>7} {'nearest':>7}")
+        for task, found in tasks.items():
+            some = (best, wrong, BESIDE[0], RIVALS[0])
+            print(f"{task:56} " + " ".join(f"{found[row]:7.3f}" for row in some))
     for name, lines in report["closed"].items():
         print(f"\n{name}: the library's own adapters, packed")
-        print(f"{'':44} {'kept':>7} {'of gain':>8} {'bytes':>9} {'of checkpoints':>15}")
+        print(f"{'':48} {'kept':>7} {'of gain':>8} {'bytes':>9} {'of checkpoints':>15}")
         for line in lines:
             sizes = f"{line['bytes']:9,d} {line['of checkpoints']:15.4f}"
-            print(f"{line['row']:44} {line['kept']:7.4f} {line['gain kept']:8.4f} {sizes}")
+            print(f"{line['row']:48} {line['kept']:7.4f} {line['gain kept']:8.4f} {sizes}")
     print()
     for line in report["bars"]:
         print(f"{'met    ' if line['met'] else 'not met'} {line['found']:7.3f}  {line['bar']}")

@@ -263,11 +263,11 @@ def test_sums_of_deltas_are_exact(small: Any) -> None:
 
 
 def test_shares_are_of_the_gain_over_all_held_out_tasks() -> None:
-    from generation_tables import bars, by_task, tables
+    from generation_tables import BESIDE, RIVALS, bars, by_task, tables, task_tables
 
     def cell(seed: int, best: float) -> dict[str, Any]:
         scores = {"base": [[0.2], [0.9]], "oracle": [[0.6], [0.92]], "hypernetwork": [[best, best], [0.9, 0.9]]}
-        scores["nearest expert"] = scores["hypernetwork, wrong description"] = [[0.2], [0.9]]
+        scores |= {key: [[0.2], [0.9]] for key in ("hypernetwork, wrong description", *BESIDE, *RIVALS)}
         rows = {name: {"scores": found, "seconds": [1, 2], "told": {}} for name, found in scores.items()}
         return {"base": "A", "start": "shared", "split": 0, "seed": seed, "held": ["first", "second"], "rows": rows}
 
@@ -277,6 +277,10 @@ def test_shares_are_of_the_gain_over_all_held_out_tasks() -> None:
     assert line["recovered"] == pytest.approx((0.21 / 0.42 + 0.3 / 0.42) / 2)
     assert line["spread"] == pytest.approx(np.std([0.5, 0.3 / 0.42], ddof=1))
     assert by_task(cells[0], "hypernetwork") == {"first": pytest.approx(0.21 / 0.4)}  # the second has nothing to gain
+    tasks = task_tables(cells)["A, shared"]
+    assert set(tasks) == {"first"}
+    assert tasks["first"]["nearest expert"] == 0
+    assert tasks["first"]["hypernetwork"] == pytest.approx((0.21 / 0.4 + 0.3 / 0.4) / 2)
     met = {one["bar"]: one["met"] for one in bars(tables(cells), rivals=("nearest expert",))}
     assert met["A: hypernetwork recovers 50%"]
     assert met["A: hypernetwork beats nearest expert by more than the spread"]
