@@ -11,40 +11,43 @@ from collections.abc import Callable, Sequence
 from typing import Literal, cast
 
 import torch
+from generation_methods import in_deltas
 from generation_rows import Desk, Made, Row, made_by
 from generation_sentences import SentenceTasks, names
 from lorahub.generate.cores import mean_delta, sum_layout
 from lorahub.generate.hypernet import Trial
+from lorahub.generate.priors import NEIGHBOURS
 from lorahub.generate.rehearsal import afresh, rehearsed
 from lorahub.index.encoders.text import text
 from torch import Tensor
 
 Start = Literal["nothing", "multi-task", "blend of deltas", "hypernetwork"]
-_PAIR: tuple[Start, Start] = ("multi-task", "nothing")
 
 
-def _rehearsed(start: Start, *, wrong: bool = False) -> Callable[[Desk], Made]:
-    """wrong: every task rehearses the words of the one half the list away."""
-
+def _rehearsed(start: Start) -> Callable[[Desk], Made]:
     def make(desk: Desk) -> Made:
         begun = _begun(desk, start)
-        places = list(desk.cell.split.held)
-        if wrong:
-            places = places[len(places) // 2 :] + places[: len(places) // 2]
-        trial = begun.trial or desk.cell.trial
-        return begun._replace(vectors=_practised(desk, trial, begun.vectors[:, 0], places)[:, None])
+        vectors = _practised(desk, begun.trial or desk.cell.trial, begun.vectors[:, 0], desk.cell.split.held)
+        return begun._replace(vectors=vectors[:, None])
 
     return make
 
 
-def _paired(*, wrong: bool = False) -> Callable[[Desk], Made]:
-    """The mean of the deltas of two that rehearse: from the multi-task adapter, and from nothing."""
+def _paired(start: Literal["multi-task", "blend of deltas"], *, wrong: bool = False) -> Callable[[Desk], Made]:
+    """The mean of the deltas of two that rehearse: from the start, and from nothing at the same rank.
+
+    wrong: every task rehearses the words of the one half the list away.
+    """
 
     def make(desk: Desk) -> Made:
-        layout = desk.cell.layout
-        pair = [_rehearsed(start, wrong=wrong)(desk).vectors[:, 0] for start in _PAIR]
+        layout = in_deltas(desk.cell.layout, max(NEIGHBOURS))[0] if start == "blend of deltas" else desk.cell.layout
+        trial, places = desk.cell.trying(layout), list(desk.cell.split.held)
+        if wrong:
+            places = places[len(places) // 2 :] + places[: len(places) // 2]
+        fresh = afresh(layout).expand(len(places), -1)
+        pair = [_practised(desk, trial, some, places) for some in (_begun(desk, start).vectors[:, 0], fresh)]
         means = torch.stack([mean_delta(torch.stack(some), layout) for some in zip(*pair, strict=True)])
-        return Made(means[:, None], desk.cell.trying(sum_layout(layout, len(_PAIR))))
+        return Made(means[:, None], desk.cell.trying(sum_layout(layout, len(pair))))
 
     return make
 
@@ -90,6 +93,7 @@ REHEARSAL_ROWS = (
     Row("rehearsal, from the multi-task adapter", _rehearsed("multi-task"), version=5),
     Row("rehearsal, from the blend of deltas", _rehearsed("blend of deltas"), version=5),
     Row("rehearsal, from the hypernetwork's", _rehearsed("hypernetwork"), version=5),
-    Row(REHEARSED, _paired(), version=5),
-    Row(REHEARSED_WRONG, _paired(wrong=True), version=5),
+    Row("rehearsal, from the blend of deltas and from nothing", _paired("blend of deltas"), version=5),
+    Row(REHEARSED, _paired("multi-task"), version=5),
+    Row(REHEARSED_WRONG, _paired("multi-task", wrong=True), version=5),
 )

@@ -130,9 +130,11 @@ class Desk:
         )
         return found
 
-    def hyper(self, words: Words, *, fitted_reader: bool = True, from_everything: bool = False) -> Hyper:
+    def hyper(
+        self, words: Words, *, fitted_reader: bool = True, from_everything: bool = False, mixed: float = 0.0
+    ) -> Hyper:
         found: Hyper = self.keep(
-            ("hyper", words, fitted_reader, from_everything),
+            ("hyper", words, fitted_reader, from_everything, mixed),
             lambda: hyper(
                 self.cell.worded if words == "tokens" else self.cell.school,
                 self.cell.practice,
@@ -141,6 +143,7 @@ class Desk:
                 members=self.cell.plan.hyper_members,
                 rate=self.cell.plan.hyper_rates[0],
                 moving=self.cell.plan.hyper_rates[1],
+                mixed=mixed,
                 start=self.cell.everything if from_everything else None,
                 similarity=self.cell.similarity(words) if fitted_reader else None,
                 seed=self.cell.setting.seed,
@@ -300,8 +303,8 @@ def _perceptron(desk: Desk) -> Made:
     return Made(torch.stack([made(some) for some in desk.sight().queries]))
 
 
-def _hyper(
-    words: Words = "tokens", *, wrong: bool = False, strange: bool = False, cut: bool = False, **given: bool
+def asked_hyper(
+    words: Words = "tokens", *, wrong: bool = False, strange: bool = False, cut: bool = False, **given: Any
 ) -> Callable[[Desk], Made]:
     """cut: to the experts' rank, as near as that gets to the delta."""
 
@@ -342,17 +345,17 @@ ROWS = (
     Row("ICM-LoRA, text", _icm),
     Row("ridge to weights", _ridge),
     Row("perceptron to weights", _perceptron),
-    Row(HYPER, _hyper(), version=4),
-    Row(HYPER_WRONG, _hyper(wrong=True), version=4),
-    Row("hypernetwork, cut to the experts' rank", _hyper(cut=True), once=True, version=4),
-    Row("hypernetwork, sentence vectors", _hyper("sentences"), only=("B",), version=4),
-    Row("hypernetwork, its reader not fitted to transfer", _hyper(fitted_reader=False), only=("B",), version=4),
-    Row("hypernetwork, from the multi-task adapter", _hyper(from_everything=True), only=("B",), version=4),
+    Row(HYPER, asked_hyper(), version=4),
+    Row(HYPER_WRONG, asked_hyper(wrong=True), version=4),
+    Row("hypernetwork, cut to the experts' rank", asked_hyper(cut=True), once=True, version=4),
+    Row("hypernetwork, sentence vectors", asked_hyper("sentences"), only=("B",), version=4),
+    Row("hypernetwork, its reader not fitted to transfer", asked_hyper(fitted_reader=False), only=("B",), version=4),
+    Row("hypernetwork, from the multi-task adapter", asked_hyper(from_everything=True), only=("B",), version=4),
     Row("best expert in hindsight", _hindsight, peeks=True),
     Row(ORACLE, _oracle, peeks=True),
 )
 STRANGE_ROWS = (
-    Row("hypernetwork, strange words", _hyper(strange=True), version=4),
+    Row("hypernetwork, strange words", asked_hyper(strange=True), version=4),
     Row("blend of deltas, learned similarity, strange words", _blend(True, True, strange=True)),
 )
 
@@ -365,13 +368,12 @@ def made_by(name: str, desk: Desk) -> Made:
 def rows(cell: Cell) -> list[Row]:
     """The rows of a cell."""
     some = ROWS + (STRANGE_ROWS if all(one.strange for one in cell.held) else ())
+    from generation_mixing import MIXED_ROWS
     from generation_ranks import RANK_ROWS
+    from generation_rehearsal import REHEARSAL_ROWS
 
-    some += RANK_ROWS
-    if cell.setting.world == "sentences":
-        from generation_rehearsal import REHEARSAL_ROWS
-
-        some += REHEARSAL_ROWS
+    own = {"sentences": REHEARSAL_ROWS, "pictures": MIXED_ROWS}
+    some += RANK_ROWS + own.get(cell.setting.world, ())
     base = cell.setting.base
     first = cell.setting == Setting(base, "shared", 0, 0)
     there = (row for row in some if first or cell.setting.world != "digits" or not row.once)

@@ -25,6 +25,7 @@ from .layout import Layout
 from .stacked import Group, Table
 
 Batch = TypeVar("Batch")
+CONCENTRATION = 0.3  # of the mixtures of tasks
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ class Drill(NamedTuple):
     """How a hypernetwork is trained.
 
     tasks: in a step, each with one of its descriptions; noise and dropped: of the reader's input; rate: AdamW's, and
-    `moving` for the start and the bases; shrink: weight of the coefficients' mean square.
+    `moving` for the start and the bases; shrink: weight of the coefficients' mean square; mixed: the share of a step's
+    tasks that are mixed with the others.
     """
 
     steps: int
@@ -215,6 +217,7 @@ class Drill(NamedTuple):
     noise: float
     dropped: float
     shrink: float
+    mixed: float
     seed: int
 
 
@@ -247,6 +250,9 @@ def trained(
             chosen = torch.randperm(len(names))[: drill.tasks].tolist()
             asked = torch.stack([states[row][int(torch.randint(len(states[row]), ()))] for row in chosen])
             codes = network.codes(network.reader.among_strange(asked), noise=drill.noise, dropped=drill.dropped)
+            if drill.mixed:
+                weights = mixtures(len(chosen), drill.mixed)
+                codes, chosen = weights @ codes, [chosen[row] for row in weights.multinomial(1).flatten().tolist()]
         coefficients = network.coefficients(codes)
         vectors = network.made(coefficients)
         some = [names[row] for row in chosen]
@@ -263,6 +269,18 @@ def trained(
             progress(step + 1, losses[-1])
     network.eval()
     return losses
+
+
+def mixtures(count: int, share: float) -> Tensor:
+    """Weights (count, count), a mixture in each row: with odds `share` of all, by a Dirichlet distribution under which
+    few weigh much, else of the row's own alone.
+
+    A mixture's code is the codes' weighted sum, and its batch comes from one of the tasks, drawn with the weights as
+    odds: in expectation the loss is mixed as the codes are (mixup, arXiv 1710.09412). So a description that is like
+    none of the known ones, whose code lies between theirs, makes an adapter that does for all of these what one can.
+    """
+    spread = torch.distributions.Dirichlet(torch.full((count, count), CONCENTRATION)).sample()  # type: ignore[no-untyped-call]
+    return torch.where(torch.rand(count, 1) < share, spread, torch.eye(count))
 
 
 def _share(step: int, steps: int) -> float:

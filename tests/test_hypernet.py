@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lorahub.generate.cores import Bases
-from lorahub.generate.hypernet import HyperNetwork, Practice, Sizes, Trial, opening
+from lorahub.generate.hypernet import HyperNetwork, Practice, Sizes, Trial, mixtures, opening
 from lorahub.generate.layout import Layout
 from lorahub.generate.learned.hyper import Hyper, hyper
 from lorahub.generate.stored import load, save
@@ -266,6 +266,24 @@ def test_it_learns_combinations_that_it_never_saw_from_the_loss_alone() -> None:
     assert wrong > nothing
 
 
+def test_mixtures_are_weights_and_as_many_as_asked_for() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights, never, some = mixtures(400, 1.0), mixtures(5, 0.0), mixtures(400, 0.25)
+    assert torch.allclose(weights.sum(dim=1), torch.ones(400), atol=1e-5)
+    assert weights.min() >= 0
+    assert torch.equal(never, torch.eye(5))
+    alone = (some.diagonal() == 1).float().mean()
+    assert 0.68 < alone < 0.82
+
+
+def test_mixed_tasks_make_words_that_say_nothing_serve_all_tasks_better() -> None:
+    plain, mixed = (fitted(steps=300, tasks=13, rate=1e-2, mixed=share) for share in (0.0, 1.0))
+    strange, held = [("pink", "star"), ("grey", "wedge"), ("brown", "arch")], sorted(HELD)
+    one, other = (sum(loss(made, task, words) for task in held for words in strange) for made in (plain, mixed))
+    assert other < 0.85 * one
+
+
 def test_equal_seeds_give_equal_files_and_touch_no_global_chance(tmp_path: Path) -> None:
     lessons = practice()
     torch.manual_seed(5)
@@ -304,7 +322,7 @@ def test_it_says_which_expert_is_nearest_and_how_new_it_is() -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(BadOption, match="steps is 0"):
         fitted(steps=0)
-    with pytest.raises(BadOption, match="dropped a share below 1"):
+    with pytest.raises(BadOption, match="mixed is a share, dropped one below 1"):
         fitted(dropped=1.0)
     with pytest.raises(BadOption, match=r"start has shape \(3,\)"):
         fitted(start=torch.zeros(3))

@@ -6,7 +6,7 @@ tasks that nobody practised better than a member does (deep ensembles, arXiv 161
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -112,6 +112,7 @@ def hyper(
     noise: float = 0.3,
     dropped: float = 0.15,
     shrink: float = 1e-3,
+    mixed: float = 0.0,
     code: int = 32,
     hidden: int = 192,
     rank: int = 16,
@@ -129,20 +130,21 @@ def hyper(
     combinations came out better the longer it learned, up to 1,500 steps and more. rate: of the network, moving: of the
     point it starts from and the bases it moves between. noise, dropped: of the words in training, the latter a share of
     the tokens; with tokens that say nothing they make it bear new wording. shrink: how strongly results are held near
-    the start. code, hidden: widths; rank: of what a member makes, whatever the experts' is. heads, channels: of the
-    reader. members: networks whose deltas are averaged; the rank and the time of the fit grow with them.
-    start: a vector (size,) of the school's layout, by default the mean of the experts' deltas. similarity: learned from
-    transfer between the same experts, whose reader the network's begins as; its sizes go before code, heads, channels.
+    the start. mixed: the share of a step's tasks that are mixed with others (`hypernet.mixtures`): a description that
+    is like none of the known is then served as by one adapter for all, at some cost to those that are. code, hidden:
+    widths; rank: of what a member makes, whatever the experts' is. heads, channels: of the reader. members: networks
+    whose deltas are averaged; rank and time grow with them. start: a vector (size,) of the school's layout, by default
+    the mean of the experts' deltas. similarity: learned from transfer between the same experts, whose reader the
+    network's begins as; its sizes go before code, heads, channels.
 
     Raises BadOption for options outside their range, GenerationError for an expert without batches.
     """
-    sides = {"code": code, "hidden": hidden, "heads": heads, "channels": channels, "rank": rank}
-    _check_positive(steps=steps, tasks=tasks, rate=rate, members=members, **sides)
-    if min(moving, noise, shrink) < 0 or not 0 <= dropped < 1:
-        raise BadOption("moving, noise and shrink are at least 0, dropped a share below 1")
+    _check_positive(steps=steps, tasks=tasks, rate=rate, members=members, rank=rank)
+    _check_positive(code=code, hidden=hidden, heads=heads, channels=channels)
+    _check_shares(min(moving, noise, shrink), dropped, mixed)
     width = token_width(school.space, school.vectors[0].shape[1])
-    states = shortened([parted(some, width) for some in school.vectors])
     last = torch.stack([some[-1] for some in school.weights])
+    states = shortened([parted(some, width) for some in school.vectors])
     _check_start(start, school.layout)
     if similarity is not None:
         code, heads, channels = similarity.sizes
@@ -151,15 +153,20 @@ def hyper(
     for member, chance in enumerate(_seeds(seed, members)):
         network = _begun(sizes, wide, torch.cat(states), similarity, chance)
         opening(network, school.layout, last, start, generator(chance, "bases"))
-        drill = Drill(steps, tasks, rate, moving, noise, dropped, shrink, chance)
+        drill = Drill(steps, tasks, rate, moving, noise, dropped, shrink, mixed, chance)
         told = partial(_told, progress, member * steps) if progress else None
         losses += trained(network, trial, practice, school.names, states, drill, told)[-20:]
         fits.append(network)
-    with torch.inference_mode():
-        said = [functional.normalize(fits[0].codes(some), dim=1).clone() for some in states]
+    said = _said(fits[0], states)
     weights = tuple({name: part.detach().clone() for name, part in one.state_dict().items()} for one in fits)
     origin = school.origin(steps=steps, seed=seed, loss=sum(losses) / len(losses), near=threshold(said))
     return Hyper(school.layout, origin, school.names, sizes, weights, directions(said), last)
+
+
+def _said(network: HyperNetwork, states: Sequence[Tensor]) -> list[Tensor]:
+    """The directions of what the reader says of each expert's descriptions."""
+    with torch.inference_mode():
+        return [functional.normalize(network.codes(some), dim=1).clone() for some in states]
 
 
 def _check_start(start: Tensor | None, layout: Layout) -> None:
@@ -171,6 +178,11 @@ def _check_positive(**numbers: float) -> None:
     for name, value in numbers.items():
         if not value > 0:
             raise BadOption(f"{name} is {value}; expected a number above 0")
+
+
+def _check_shares(least: float, dropped: float, mixed: float) -> None:
+    if least < 0 or not 0 <= dropped < 1 or not 0 <= mixed <= 1:
+        raise BadOption("moving, noise and shrink are at least 0, mixed is a share, dropped one below 1")
 
 
 def _seeds(seed: int, members: int) -> list[int]:
