@@ -15,9 +15,10 @@ from generation_methods import in_deltas
 from generation_rows import Desk, Made, Row, made_by
 from generation_sentences import SentenceTasks, names
 from lorahub.generate.cores import mean_delta, sum_layout
+from lorahub.generate.experts import afresh
 from lorahub.generate.hypernet import Trial
 from lorahub.generate.priors import NEIGHBOURS
-from lorahub.generate.rehearsal import afresh, rehearsed
+from lorahub.generate.rehearsal import rehearsed
 from lorahub.index.encoders.text import text
 from torch import Tensor
 

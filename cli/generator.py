@@ -136,7 +136,7 @@ def _learned(catalog: Catalog, base: str) -> dict[str, Any]:
 @app.command()
 def fit(
     base: options.Base = None,
-    kind: Annotated[str, typer.Option(help="semantic, icm or hyper.")] = "semantic",
+    kind: Annotated[str, typer.Option(help="semantic, icm, hyper or multitask.")] = "semantic",
     tasks: Tasks = None,
     practice: PracticeName = None,
     sentences: Sentences = 40,
@@ -151,7 +151,8 @@ def fit(
     """Fit a generator to the catalogue's described adapters of a base; the one in the home folder is replaced.
 
     Adapters that share a tag expert:NAME are checkpoints of one expert. With --tasks, semantic chooses neighbours and
-    temperature by leaving experts out and measuring; hyper learns on the tasks' sentences, or on what --practice gives.
+    temperature by leaving experts out and measuring; hyper and multitask learn on the tasks' sentences, or on
+    what --practice gives.
     """
     from ..generate.own_generators import gathered, generator_path
     from . import show
@@ -193,7 +194,7 @@ def _fitted(
     quiet: bool,
 ) -> dict[str, Any]:
     from ..generate.measuring import thinned
-    from ..generate.own_generators import fit_shelf, keep, sentence_practice, tuned_options
+    from ..generate.own_generators import PRACTISING, fit_shelf, keep, sentence_practice, tuned_options
     from ..generate.sentences import SentenceModel
     from ..generate.taught import open_school, weights_fingerprint
     from ..hub.bases import family
@@ -209,7 +210,7 @@ def _fitted(
             school = open_school(shelf.experts, encoder, gauge=shelf.gauge)
             known = {name: thinned(task, sentences) for name, task in sentence_tasks(shelf.base, tasks).items()}
             chosen |= tuned_options(school, model, known)
-        if kind == "hyper":
+        if kind in PRACTISING:
             practised = sentence_practice(model, sentence_tasks(shelf.base, tasks))
     with show.progress("fitting", quiet=quiet) as advance:
         made = fit_shelf(

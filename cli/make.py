@@ -34,7 +34,7 @@ def generate(
     base: options.Base = None,
     method: Annotated[
         str | None,
-        typer.Option(help="blend, nearest, or a fitted kind (semantic, icm, hyper); default: the best there is."),
+        typer.Option(help="blend, nearest, or a fitted kind (semantic, icm, hyper, multitask); default: the best."),
     ] = None,
     option: options.Method = None,
     label: options.Label = None,

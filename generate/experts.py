@@ -26,6 +26,7 @@ from torch.optim.optimizer import Optimizer
 from ..hub.adapter import Adapter
 from ..hub.errors import BadOption, IncompatibleAdapters
 from ..hub.lowrank import LowRank
+from .layout import Layout
 from .stacked import Group, Table
 
 Batch = TypeVar("Batch")
@@ -282,6 +283,15 @@ def first_down(pupil: Pupil[Any], path: str, inputs: int) -> Tensor:
     """PEFT's default, kaiming_uniform with a = sqrt(5): float32 (rank, inputs), whatever else is trained."""
     chance = generator(pupil.seed if pupil.start is None else pupil.start, f"down {path}")
     return nn.init.kaiming_uniform_(torch.empty(pupil.rank, inputs), a=math.sqrt(5), generator=chance)
+
+
+def afresh(layout: Layout, seed: int = 0) -> Tensor:
+    """An adapter before all training, as a vector (size,): `down` at chance, `up` zero."""
+    vector = torch.zeros(layout.size)
+    for place in layout.places:
+        pupil: Pupil[None] = Pupil("fresh", lambda *_: None, seed=seed, rank=place.rank)
+        vector[place.down] = first_down(pupil, place.name, place.inputs).flatten()
+    return vector
 
 
 def _adapters(

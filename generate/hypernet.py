@@ -43,6 +43,13 @@ class Practice(Generic[Batch]):
     component: str = ""
 
 
+def check_practice(practice: Practice[Any], names: Sequence[str]) -> None:
+    """Raise GenerationError where an expert has no batches."""
+    lacking = [name for name in names if name not in practice.draws]
+    if lacking:
+        raise GenerationError(f"there is nothing to practise {lacking[0]} on; give batches for every expert")
+
+
 class Trial:
     """Adapters as vectors of a layout, at work on a model: many in one pass, each on its own batch."""
 
@@ -235,9 +242,7 @@ def trained(
     names, states: of each expert, and its descriptions (descriptions, places, width). Raises GenerationError for an
     expert without batches.
     """
-    lacking = [name for name in names if name not in practice.draws]
-    if lacking:
-        raise GenerationError(f"there is nothing to practise {lacking[0]} on; give batches for every expert")
+    check_practice(practice, names)
     moved = [network.start, network.inputs, network.outputs]
     others = [part for part in network.parameters() if all(part is not one for one in moved)]
     groups = [{"params": others, "lr": drill.rate}, {"params": moved, "lr": drill.moving, "weight_decay": 0.0}]

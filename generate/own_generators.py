@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .sentences import SentenceModel, SentenceTask
 
 FEWEST = 4  # experts without which there is nothing to learn from
+PRACTISING = ("hyper", "multitask")  # kinds that learn on the tasks' data
 SHARED = 0.5  # mean cosine of experts' `down`s from which on they are taken to have begun at one point
 
 log = logging.getLogger(__name__)
@@ -134,25 +135,23 @@ def fit_shelf(
 ) -> Learned:
     """A generator of a kind fitted to a shelf's experts; `origin.told` says with which options.
 
-    practice: what "hyper" learns on; experts without batches are left out. given: the kind's options. gauge: None
-    chooses. Raises UnknownMethod, BadOption, and GenerationError for "hyper" without practice.
+    practice: what PRACTISING kinds learn on; experts without batches are left out. given: the kind's options. gauge:
+    None chooses. Raises UnknownMethod, BadOption, and GenerationError for such a kind without practice.
     """
     function = plugins.load(LEARNED, kind)
     chosen = plugins.check_options(function, dict(given or {}))
     gauge = gauge or shelf.gauge
     run = partial(function, progress=progress, **chosen)
-    if kind == "hyper":
+    if kind in PRACTISING:
         if practice is None:
-            raise GenerationError(
-                "a hypernetwork learns on the tasks' data: give --tasks FILE or --practice MODULE:FUNCTION"
-            )
+            raise GenerationError(f"{kind} learns on the tasks' data: give --tasks FILE or --practice MODULE:FUNCTION")
         lacking = [expert.name for expert in shelf.experts if expert.name not in practice.draws]
         if len(lacking) > len(shelf.experts) - FEWEST:
             raise GenerationError(
                 f"there is data for {len(shelf.experts) - len(lacking)} experts (none for {lacking[0]}), expected at "
                 f"least {FEWEST}: tasks are called as their experts are"
             )
-        shelf, encoder = shelf.without(lacking), reading(encoder)
+        shelf, encoder = shelf.without(lacking), reading(encoder) if kind == "hyper" else encoder
         run = partial(function, practice=practice, progress=progress, **chosen)
     made: Learned = run(open_school(shelf.experts, encoder, gauge=gauge, fingerprint=fingerprint))
     members = {name: list(ids) for name, ids in shelf.members.items()}

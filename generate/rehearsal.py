@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..hub.adapter import Adapter
 from ..hub.errors import BadOption, FormatError
 from .cores import mean_delta, sum_layout
-from .experts import Pupil, cosine, first_down
+from .experts import afresh, cosine
 from .hypernet import Trial
 from .layout import Layout
 from .lessons import Sorting, label_names
@@ -137,15 +137,6 @@ def rehearsed(
         rates.step()
         losses.append(found)
     return values, torch.stack(losses)
-
-
-def afresh(layout: Layout, seed: int = 0) -> Tensor:
-    """An adapter before all training, as a vector (size,): `down` at chance, `up` zero."""
-    vector = torch.zeros(layout.size)
-    for place in layout.places:
-        pupil: Pupil[None] = Pupil("fresh", lambda *_: None, seed=seed, rank=place.rank)
-        vector[place.down] = first_down(pupil, place.name, place.inputs).flatten()
-    return vector
 
 
 def rehearse(

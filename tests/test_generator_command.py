@@ -110,6 +110,10 @@ def test_hyper_learns_on_the_tasks_and_icm_on_the_weights(home: Path) -> None:
     made = ran("generator", "fit", "--kind", "hyper", "--tasks", tasks, "--out", home / "hyper.safetensors", *options)
     assert made["space"] == "text:tokens-3x384"
     assert load(home / "hyper.safetensors").origin.fingerprint
+    ran("generator", "fit", "--kind", "multitask", "--tasks", tasks, "-o", "steps=1", "-o", "tasks=2")
+    made = ran("generate", "what is said of pets", "--out", home / "one", "--method", "multitask", "--dry-run")
+    assert (made["method"], made["experts"][0]["name"]) == ("multitask", "pets")
+    generator_path(home / "home", BASE, "multitask").unlink()  # others judge what was fitted before
     few = ("-o", "steps=1", "-o", "stages=2", "-o", "channels=1", "-o", "latent=2")
     assert ran("generator", "fit", "--kind", "icm", "--out", home / "icm.safetensors", *few)["experts"] == 8
 
