@@ -50,7 +50,7 @@ PLAN = Plan(
 BRIEF = Plan(
     Training((3, 4), (3, 16), checkpoints=2, every=1), descriptions=3, probes=6, tests=12, choice=6, queries=1,
     similarity=20, folds=2, semantic=10, icm=2, icm_stages=12, icm_channels=1, regression=20, hyper=3, hyper_samples=2,
-    only=("banking", "travel", "cards", "top-ups", "goods", "press", "questions"),
+    rehearsal=2, only=("banking", "travel", "cards", "top-ups", "goods", "press", "questions"),
 )  # fmt: skip
 
 
