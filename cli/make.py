@@ -213,6 +213,11 @@ def _tell(facts: Mapping[str, Any], made: Generated) -> None:
     novelty = "novelty" if facts["rehearsal"] is None else "before the rehearsal novelty"
     show.line(f"{novelty} {made.novelty:.3f} (1 - cosine with the nearest expert that it knows; 0 is a copy)")
     if done := facts["rehearsal"]:
+        if facts["method"] in ("blend", "nearest"):
+            show.note(
+                "rehearsal does best from one adapter for all tasks: --method multitask, once it is there by "
+                "`lorahub generator fit --kind multitask`"
+            )
         before, after = done["loss"]
         show.line(
             f"rehearsed what {len(done['labels'])} labels mean, {done['steps']} steps: loss {before:.3f} -> "

@@ -201,6 +201,9 @@ def test_generate_rehearses_its_labels(tmp_path: Path, monkeypatch: pytest.Monke
     assert "rehearsed, for 40 steps" in (out / "README.md").read_text(encoding="utf-8")
     sentences = SentenceModel()
     assert sentences.accuracy(read(out), TASK) > 0.8 > 0.6 > sentences.accuracy(read(plain), TASK)
+    code, _, said = typed(*asked[:3], "--dry-run", "--out", tmp_path / "no", *labels)
+    assert code == 0
+    assert "generator fit --kind multitask" in said
     code, _, said = typed("generate", "Sorts", "--out", tmp_path / "no", "--label", "one: of them")
     assert (code, said.count("\n")) == (1, 0)
     assert "expected at least two" in said
