@@ -33,7 +33,9 @@ Tasks = Annotated[
 ]
 PracticeName = Annotated[
     str | None,
-    typer.Option(metavar="MODULE:FUNCTION", help="Makes the generate.hypernet.Practice that a hypernetwork learns on."),
+    typer.Option(
+        metavar="MODULE:FUNCTION", help="Makes the generate.hypernet.Practice that hyper and multitask learn on."
+    ),
 ]
 Score = Annotated[
     str | None,
@@ -194,7 +196,7 @@ def _fitted(
     quiet: bool,
 ) -> dict[str, Any]:
     from ..generate.measuring import thinned
-    from ..generate.own_generators import PRACTISING, fit_shelf, keep, sentence_practice, tuned_options
+    from ..generate.own_generators import fit_shelf, keep, practises, sentence_practice, tuned_options
     from ..generate.sentences import SentenceModel
     from ..generate.taught import open_school, weights_fingerprint
     from ..hub.bases import family
@@ -210,7 +212,7 @@ def _fitted(
             school = open_school(shelf.experts, encoder, gauge=shelf.gauge)
             known = {name: thinned(task, sentences) for name, task in sentence_tasks(shelf.base, tasks).items()}
             chosen |= tuned_options(school, model, known)
-        if kind in PRACTISING:
+        if practises(kind):
             practised = sentence_practice(model, sentence_tasks(shelf.base, tasks))
     with show.progress("fitting", quiet=quiet) as advance:
         made = fit_shelf(

@@ -6,6 +6,7 @@ own, with one checkpoint. Importing this needs torch.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections import Counter
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .sentences import SentenceModel, SentenceTask
 
 FEWEST = 4  # experts without which there is nothing to learn from
-PRACTISING = ("hyper", "multitask")  # kinds that learn on the tasks' data
 SHARED = 0.5  # mean cosine of experts' `down`s from which on they are taken to have begun at one point
 
 log = logging.getLogger(__name__)
@@ -122,6 +122,11 @@ def gathered(catalog: Catalog, base: str | None = None) -> Shelf:
     return Shelf(base, tuple(found), members)
 
 
+def practises(kind: str) -> bool:
+    """Whether a kind of generator learns on the tasks' data: it then takes a `practice`. Raises UnknownMethod."""
+    return "practice" in inspect.signature(plugins.load(LEARNED, kind)).parameters
+
+
 def fit_shelf(
     shelf: Shelf,
     encoder: TextEncoder,
@@ -135,14 +140,14 @@ def fit_shelf(
 ) -> Learned:
     """A generator of a kind fitted to a shelf's experts; `origin.told` says with which options.
 
-    practice: what PRACTISING kinds learn on; experts without batches are left out. given: the kind's options. gauge:
-    None chooses. Raises UnknownMethod, BadOption, and GenerationError for such a kind without practice.
+    practice: what a kind that `practises` learns on; experts without batches are left out. given: the kind's options.
+    gauge: None chooses. Raises UnknownMethod, BadOption, and GenerationError for such a kind without practice.
     """
     function = plugins.load(LEARNED, kind)
     chosen = plugins.check_options(function, dict(given or {}))
     gauge = gauge or shelf.gauge
     run = partial(function, progress=progress, **chosen)
-    if kind in PRACTISING:
+    if practises(kind):
         if practice is None:
             raise GenerationError(f"{kind} learns on the tasks' data: give --tasks FILE or --practice MODULE:FUNCTION")
         lacking = [expert.name for expert in shelf.experts if expert.name not in practice.draws]

@@ -217,7 +217,13 @@ class Memory:
         parts = zip(prior.experts, prior.similarities, prior.weights, strict=True)
         return tuple(Share(self.names[row], self.names[row], cosine, weight) for row, cosine, weight in parts)
 
-    def generated(self, layout: Layout, vector: Tensor, experts: tuple[Share, ...], name: str) -> Generated:
-        """The vector as an adapter, its novelty measured against every expert."""
-        novelty = 1.0 - float(layout.cosines(vector, self.means).max())
-        return Generated(layout.adapter(vector, name=name), experts, novelty)
+    def generated(
+        self, layout: Layout, vector: Tensor, experts: tuple[Share, ...], name: str, *, wide: Layout | None = None
+    ) -> Generated:
+        """The vector as an adapter, its novelty measured against every expert.
+
+        layout: the experts', and the vector's too, unless it has the layout `wide`, of the same modules.
+        """
+        own = wide or layout
+        novelty = 1.0 - float(own.cosines(vector, self.means, layout).max())
+        return Generated(own.adapter(vector, name=name), experts, novelty)

@@ -85,3 +85,10 @@ def reader() -> World:
         return nn.functional.cross_entropy(20 * cosines, batch.targets)
 
     return World(model, linear_paths(model, ["query", "value", "output.dense"]), draw, label_names, alone)
+
+
+def squares(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean squared distance of what a model makes of values from what is wanted, for each batch of both."""
+    made = model(torch.cat([values for values, _ in batches]))
+    wanted = torch.cat([wanted for _, wanted in batches])
+    return (made - wanted).square().view(len(batches), -1).mean(dim=1)

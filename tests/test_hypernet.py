@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learning import squares
 from lorahub.generate.cores import Bases
 from lorahub.generate.hypernet import HyperNetwork, Practice, Sizes, Trial, mixtures, opening
 from lorahub.generate.layout import Layout
@@ -53,12 +54,6 @@ def mixed_ranks(seed: int = 0, prefix: str = "") -> Adapter:
 
     modules = {f"{prefix}second": part(FEATURES, 5, 1), f"{prefix}first": part(5, FEATURES, 2)}
     return Adapter(modules, "small", meta={"name": f"a{seed}"})
-
-
-def squares(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    made = model(torch.cat([values for values, _ in batches]))
-    wanted = torch.cat([wanted for _, wanted in batches])
-    return (made - wanted).square().mean(dim=1).view(len(batches), -1).mean(dim=1)
 
 
 def batches(count: int) -> list[Batch]:

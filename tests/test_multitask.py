@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learning import squares
 from lorahub.generate.experts import Pupil, cosine, generator, train
 from lorahub.generate.hypernet import Practice
 from lorahub.generate.learned.multitask import MultiTask, multitask
@@ -37,12 +38,6 @@ class Lens(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         made: Tensor = self.second(torch.tanh(self.first(values)))
         return made
-
-
-def squares(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    made = model(torch.cat([values for values, _ in batches]))
-    wanted = torch.cat([wanted for _, wanted in batches])
-    return (made - wanted).square().view(len(batches), -1).mean(dim=1)
 
 
 def draw_for(name: str) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import typed
+from learning import squares
 from lorahub.generate.experts import cosine
 from lorahub.generate.hypernet import Trial
 from lorahub.generate.layout import Layout
@@ -111,11 +112,6 @@ def small() -> tuple[nn.Module, Layout, Tensor, list[tuple[Tensor, Tensor]]]:
     layout = Layout.of([Adapter(modules)])
     data = [(torch.randn(4, 6, generator=chance), torch.randn(4, 3, generator=chance)) for _ in range(3)]
     return base, layout, torch.randn(3, layout.size, generator=chance) / 3, data
-
-
-def squares(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    made = model(torch.cat([values for values, _ in batches]))
-    return (made - torch.cat([wanted for _, wanted in batches])).square().view(len(batches), -1).mean(dim=1)
 
 
 def test_the_steps_are_adams_on_the_changed_weights() -> None:

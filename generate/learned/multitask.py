@@ -47,8 +47,7 @@ class MultiTask:
         Raises GenerationError for a query of another length.
         """
         near = self.memory.nearest(query)
-        novelty = 1.0 - float(self.wide.cosines(self.vector, self.memory.means, self.layout).max())
-        return Generated(self.wide.adapter(self.vector, name=self.kind), near, novelty)
+        return self.memory.generated(self.layout, self.vector, near, self.kind, wide=self.wide)
 
     @cached_property
     def wide(self) -> Layout:
